@@ -1,0 +1,98 @@
+"""`lowprec doctor`: what is installed, what works here, and why the rest does not."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from importlib.util import find_spec
+from typing import Any
+
+import lowprec
+from lowprec.cli.terminal import print_json, print_table, say
+
+_OPTIONAL = {
+    "torch": "training, calibration, export",
+    "onnx": "export, verify, compare",
+    "onnxscript": "export",
+    "onnxruntime": "running ONNX artefacts: pip install 'lowprec[cpu]'",
+    "tensorrt_rtx": "TensorRT-RTX engines: pip install 'lowprec[rtx]'",
+    "sklearn": "the embedded digits",
+    "safetensors": "weights of runs",
+    "rich": "tables and progress bars on a terminal",
+    "jinja2": "report.html",
+    "torchvision": "folders of images: pip install 'lowprec[data]'",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `lowprec doctor`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints what was found; always 0, because every gap is a fact and no failure."""
+    facts = examine()
+    if args.json:
+        print_json(facts)
+        return 0
+    say(f"lowprec {facts['lowprec']}, Python {facts['python']}, {facts['machine']}, {facts['cpus']} CPUs")
+    say(f"devices: {facts['devices']}")
+    packages = [(name, found["version"] or "not installed", found["use"]) for name, found in facts["packages"].items()]
+    print_table(("package", "version", "used for"), packages)
+    backends = [
+        (name, found["builds_or_opens"], found["runs"], ", ".join(found["artefacts"]))
+        for name, found in facts["backends"].items()
+    ]
+    print_table(("backend", "usable", "runs here", "takes"), backends)
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `doctor` prints, as data."""
+    return {
+        "lowprec": lowprec.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "devices": _devices(),
+        "packages": {name: {"version": _version(name), "use": use} for name, use in _OPTIONAL.items()},
+        "backends": _backends(),
+    }
+
+
+def _version(module: str) -> str | None:
+    if find_spec(module) is None:
+        return None
+    from importlib import metadata
+
+    distributions = metadata.packages_distributions().get(module, [module])
+    try:
+        return metadata.version(distributions[0])
+    except metadata.PackageNotFoundError:
+        return "unknown version"
+
+
+def _devices() -> str:
+    if find_spec("torch") is None:
+        return "torch is not installed, so none were looked for"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "CPU; no CUDA device that torch can use"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def _backends() -> dict[str, dict[str, Any]]:
+    if find_spec("onnx") is None or find_spec("numpy") is None:
+        return {}
+    from lowprec.export.backends import BACKENDS
+
+    return {
+        name: {
+            "builds_or_opens": backend.unavailable() or "yes",
+            "runs": backend.unavailable() or backend.cannot_run() or "yes",
+            "artefacts": list(backend.artefacts),
+        }
+        for name, backend in BACKENDS.items()
+    }
