@@ -16,11 +16,15 @@ import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lowprec
 from lowprec.artifacts import member_path, read_json, sha256_of, write_json
 from lowprec.errors import ArtifactError
+from lowprec.report import ChangeReport
+
+if TYPE_CHECKING:
+    from lowprec.export.parity import ParityReport
 
 SCHEMA = 1
 KIND = "lowprec-bundle"
@@ -72,6 +76,18 @@ class Bundle:
     def onnx_artefacts(self) -> dict[str, str]:
         """File name by precision of the ONNX artefacts in this bundle, fp32 first."""
         return {precision: name for precision, name in ONNX_BY_PRECISION.items() if name in self.files}
+
+    @property
+    def parity(self) -> ParityReport:
+        """The parity report that was taken when the bundle was made; `verify` takes a new one."""
+        from lowprec.export.parity import ParityReport
+
+        return ParityReport.from_dict(self.json(PARITY))
+
+    @property
+    def fold_report(self) -> ChangeReport:
+        """What was folded, what was not, and why."""
+        return ChangeReport.from_dict(self.json(FOLD))
 
     @property
     def engines(self) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lowprec.errors import ArtifactError
+
 
 @dataclass(frozen=True)
 class Row:
@@ -44,3 +46,12 @@ class ChangeReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> ChangeReport:
+        """What `to_dict` gave, further keys ignored; raises `ArtifactError` for anything else."""
+        try:
+            rows = {key: [Row(str(r["name"]), str(r["reason"])) for r in data[key]] for key in ("changed", "refused")}
+            return cls(**rows, facts=dict(data["facts"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"a report of changes is damaged: {error!r}") from None

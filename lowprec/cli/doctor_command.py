@@ -92,7 +92,7 @@ def _backends() -> dict[str, dict[str, Any]]:
         name: {
             "builds_or_opens": backend.unavailable() or "yes",
             "runs": backend.unavailable() or backend.cannot_run() or "yes",
-            "artefacts": list(backend.artefacts),
+            "artefacts": list(backend.suffixes) or ["modules"],
         }
         for name, backend in BACKENDS.items()
     }

@@ -1,0 +1,169 @@
+"""What a backend is: where an artefact runs, whether that is possible here, and which arithmetic it really is.
+
+Two questions are kept apart on purpose. A package that is not installed (`unavailable`) is mended by pip; a device that
+is not there (`cannot_run`) is not, and the artefact can still be built and shipped, as "built, not run here".
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from lowprec.errors import ArtifactError, ConfigError, MissingDependencyError
+from lowprec.export.float64 import TensorSpec, check_feeds
+from lowprec.export.onnx_files import load_onnx
+
+
+class Session(ABC):
+    """An opened artefact, ready to run.
+
+    Args:
+        inputs: what it takes.
+        outputs: what it returns.
+        arithmetic: the arithmetic of this very artefact on this backend, in words.
+    """
+
+    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], arithmetic: str) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+        self.arithmetic = arithmetic
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Outputs by name for one batch.
+
+        Raises:
+            DataError: the feeds do not fit the inputs.
+            UnsupportedError: the backend fails on this batch.
+        """
+        return self._run(check_feeds(self.inputs, feeds))
+
+    @abstractmethod
+    def _run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Runs feeds that fit the inputs in names, shapes and kinds of number, but may be of another width."""
+
+
+class Backend(ABC):
+    """One way to run artefacts. Packages are imported when asked, not with this module.
+
+    Args:
+        name: the name on the command line and in reports.
+        summary: one line for people.
+        suffixes: file endings that it opens; empty if it takes no files.
+    """
+
+    name: str
+    summary: str
+    suffixes: tuple[str, ...]
+
+    @abstractmethod
+    def unavailable(self) -> str | None:
+        """Why its package cannot be used here and what to install, or None."""
+
+    @abstractmethod
+    def cannot_run(self) -> str | None:
+        """Why artefacts cannot be run here although the package is there (no such device), or None."""
+
+    @abstractmethod
+    def _open(self, artefact: Any) -> Session:
+        """Opens an artefact that it accepts, with the package there and the device able to run."""
+
+    def accepts(self, artefact: Any) -> bool:
+        """Whether it opens this kind of artefact: a path by its ending; a model in memory where that makes sense."""
+        return isinstance(artefact, str | Path) and Path(artefact).suffix in self.suffixes
+
+    def open(self, artefact: Any) -> Session:
+        """Opens an artefact for running.
+
+        Raises:
+            ArtifactError: it is missing, damaged or of another kind.
+            MissingDependencyError: the package or the device is not here.
+            UnsupportedError: the backend cannot run this artefact.
+        """
+        if not self.accepts(artefact):
+            shown = artefact if isinstance(artefact, str | Path) else type(artefact).__name__
+            kinds = ", ".join(self.suffixes) or "modules in memory"
+            raise ArtifactError(f"backend {self.name!r} cannot open {shown}; it takes {kinds}")
+        reason = self.unavailable() or self.cannot_run()
+        if reason is not None:
+            raise MissingDependencyError(f"backend {self.name!r} cannot run here: {reason}")
+        return self._open(artefact)
+
+
+Precision = Literal["fp32", "fp16", "bf16", "mixed", "int8"]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What an engine is built for.
+
+    Args:
+        precision: what the graph is meant to compute in, which the audit holds the typed network against; fp32 and
+            mixed claim nothing about narrow layers.
+        batch: smallest, most likely and largest size of a free batch axis.
+        shapes: per input, (min, opt, max) full shapes; needed for inputs with other free axes, wins over `batch`.
+        wide: names of ONNX nodes that stay in float32 on purpose.
+        tf32: whether float32 products may be computed in TF32.
+        compute_capabilities: GPUs to build for, as (8, 6); empty for the backend's own choice.
+    """
+
+    precision: Precision = "fp32"
+    batch: tuple[int, int, int] = (1, 16, 256)
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    wide: frozenset[str] = frozenset()
+    tf32: bool = False
+    compute_capabilities: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        low, likely, high = self.batch
+        if not 1 <= low <= likely <= high:
+            raise ConfigError(f"batch profile {self.batch}: needed are 1 <= min <= opt <= max")
+
+    def shapes_of(self, spec: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Min, opt and max shape of an input. Raises `ConfigError` where a free axis besides the batch is not given."""
+        if spec.name in self.shapes:
+            return self.shapes[spec.name]
+        if spec.shape is None or any(not isinstance(size, int) for size in spec.shape[1:]):
+            raise ConfigError(
+                f"the input {spec.name!r} has free axes besides the batch, {spec.shape}; "
+                "give its smallest, likely and largest shape in the build options"
+            )
+        rest = tuple(size for size in spec.shape[1:] if isinstance(size, int))
+        if spec.batch_axis is None:
+            fixed = tuple(size for size in spec.shape if isinstance(size, int))
+            return fixed, fixed, fixed
+        low, likely, high = self.batch
+        return (low, *rest), (likely, *rest), (high, *rest)
+
+
+class EngineBackend(Backend):
+    """A backend whose artefacts are compiled from ONNX first."""
+
+    @abstractmethod
+    def build(self, onnx_path: Path, engine_path: Path, options: BuildOptions | None = None) -> dict[str, Any]:
+        """Compiles an ONNX file into an engine file, written whole or not at all.
+
+        Returns:
+            The content of its sidecar JSON: versions, targets, profiles, hashes, audit, and how far it was verified.
+
+        Raises:
+            ArtifactError: the ONNX file is missing or damaged.
+            MissingDependencyError: the package is not here.
+            UnsupportedError: the graph cannot be built, or would not compute in the precision asked for.
+        """
+
+
+def onnx_model(artefact: str | Path | onnx.ModelProto) -> onnx.ModelProto:
+    """The model of a file, or the model itself."""
+    return artefact if isinstance(artefact, onnx.ModelProto) else load_onnx(artefact)
+
+
+def narrowed(array: NDArray[Any], spec: TensorSpec) -> NDArray[Any]:
+    """The array in the element type of an input, contiguous."""
+    return np.ascontiguousarray(array, dtype=np.dtype(spec.dtype))

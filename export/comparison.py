@@ -1,0 +1,125 @@
+"""`compare`: are two models the same function, up to the rounding that the candidate is allowed?
+
+The reference is evaluated in float64 and is the truth; its own rounding-noise floor at the candidate's precision is the
+yardstick. The candidate is judged twice where that is possible: in float64 (is it the same algebra?) and as it really
+runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+
+from lowprec.data import Samples, load_data
+from lowprec.errors import ArtifactError
+from lowprec.export.backends import BACKENDS
+from lowprec.export.float64 import Float64Graph
+from lowprec.export.golden import Golden
+from lowprec.export.onnx_files import load_onnx
+from lowprec.export.parity import Limits, ParityReport
+from lowprec.export.stages import Artefact, judged, run_batched, run_stages
+from lowprec.export.truth import choose_samples, golden_from_onnx, golden_from_trace, with_floors
+from lowprec.formats import FP32, format_named
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lowprec.export.sources import Source
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the two models: an ONNX file or a module, never both."""
+
+    name: str
+    onnx_path: Path | None = None
+    source: Source | None = None
+
+
+def compare(
+    reference: str | Path | nn.Module,
+    candidate: str | Path | nn.Module,
+    data: str | Samples,
+    precision: str | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    progress: Callable[[int, int], None] | None = None,
+) -> ParityReport:
+    """Judges the candidate against the reference on data.
+
+    Args:
+        reference: an .onnx file, a run folder, MODULE:FACTORY, or a module in evaluation mode.
+        candidate: the same kinds.
+        data: samples; at most 256 of them are used.
+        precision: what the candidate may be rounded to; read from its types when None.
+        limits: the bands of the verdict.
+        progress: called with (done, total).
+
+    Raises:
+        ArtifactError: a file is missing or not a model.
+        DataError: the data does not fit the models.
+        LowprecError: inputs or outputs of the two cannot be matched.
+    """
+    samples = data if isinstance(data, Samples) else load_data(data)
+    left, right = _side(reference, "reference"), _side(candidate, "candidate")
+    allowed = format_named(precision).name if precision else _declared_precision(right)
+    golden = _golden(left, samples, allowed)
+    if right.onnx_path is not None:
+        artefact = Artefact(right.name, right.onnx_path, allowed)
+        stages = run_stages([artefact], golden, BACKENDS, limits, progress)
+    else:
+        assert right.source is not None
+        session = BACKENDS["torch"].open(right.source.module)
+        outputs = run_batched(session, golden.inputs)
+        title = f"{allowed} on torch"
+        stages = [judged(title, right.name, "torch", session.arithmetic, outputs, golden, allowed, limits)]
+    facts = {"reference": left.name, "candidate": right.name, "precision": allowed, "samples": golden.samples}
+    return ParityReport(tuple(stages), facts=facts)
+
+
+def _side(model: str | Path | nn.Module, role: str) -> _Side:
+    if isinstance(model, str | Path):
+        path = Path(model)
+        if path.suffix == ".onnx":
+            if not path.is_file():
+                raise ArtifactError(f"the {role} {path} is missing: no such file")
+            return _Side(path.name, onnx_path=path)
+    from lowprec.export.sources import Source, open_source
+
+    if isinstance(model, str | Path):
+        return _Side(str(model), source=open_source(str(model)))
+    return _Side(type(model).__name__, source=Source(role, model))
+
+
+def _golden(side: _Side, samples: Samples, precision: str) -> Golden:
+    if side.onnx_path is not None:
+        return golden_from_onnx(side.onnx_path, samples, {precision})
+    from lowprec.export.emit import emit_onnx
+    from lowprec.export.folding import fold_traced, trace
+
+    assert side.source is not None
+    traced = trace(side.source.module, side.source.inputs_for(samples))
+    folded, _ = fold_traced(traced)
+    feeds, labels = choose_samples(samples, traced.input_names)
+    golden = golden_from_trace(traced, feeds, labels)
+    return with_floors(golden, Float64Graph(emit_onnx(folded, traced)), {precision})
+
+
+def _declared_precision(side: _Side) -> str:
+    """The narrowest floating type that a model stores weights in; fp32 when it has none."""
+    if side.onnx_path is not None:
+        model = load_onnx(side.onnx_path)
+        found = {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer}
+        names = {"FLOAT16": "fp16", "BFLOAT16": "bf16", "FLOAT": "fp32", "DOUBLE": "fp64"}
+    else:
+        assert side.source is not None
+        found = {str(p.dtype).removeprefix("torch.") for p in side.source.module.parameters()}
+        names = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
+    formats = [format_named(names[name]) for name in found if name in names]
+    return min(formats, key=lambda fmt: fmt.precision, default=FP32).name

@@ -1,0 +1,134 @@
+"""Writes a folded network as ONNX: dynamic axes, stable bytes, module paths on the nodes.
+
+torch.onnx does the translation. What it adds about itself (stack traces, symbol tables, class names of its wrappers) is
+taken out again: it names files of the machine that exported, and makes equal networks unequal files.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import onnx
+import torch
+from onnx.external_data_helper import uses_external_data
+from torch import Tensor
+
+import lowprec
+from lowprec.errors import UnsupportedError
+from lowprec.export.folding.module import FoldedModule
+from lowprec.export.folding.quiet import quiet_exporter
+
+# Under which key a node's metadata says which module of the original network it comes from.
+MODULE_PATH = "module_path"
+# The newest opset that torch.onnx writes by itself; IR 10 is the version that belongs to opsets 21 to 22, the newest
+# one that every supported onnxruntime (1.20 on) reads.
+DEFAULT_OPSET = 20
+MAX_IR_VERSION = 10
+
+
+class CallInterface(Protocol):
+    """How a network is called; `Traced` and `FoldedModule` both say so."""
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """One per input."""
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """One per output."""
+
+    @property
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """One tensor per input."""
+
+    @property
+    def dynamic_shapes(self) -> tuple[dict[int, str], ...]:
+        """Names of the free axes of each input."""
+
+
+def emit_onnx(
+    folded: FoldedModule, interface: CallInterface | None = None, opset: int = DEFAULT_OPSET
+) -> onnx.ModelProto:
+    """The ONNX model of a folded network.
+
+    Equal networks give equal bytes. Each node that comes from a module carries its path as metadata `module_path`.
+
+    Args:
+        folded: from `fold`.
+        interface: names, example and free axes of the inputs; the folded network's own by default.
+        opset: the ONNX operator set.
+
+    Raises:
+        UnsupportedError: torch.onnx has no translation for an operation.
+    """
+    called: CallInterface = folded if interface is None else interface
+    network = copy.deepcopy(folded.network)
+    for node in network.graph.nodes:
+        if node.op == "call_function":
+            path = folded.module_paths.get(node.name, "")
+            node.meta["nn_module_stack"] = {"network": ("", "Network"), path or "root": (path, "Module")}
+    dims = {name: torch.export.Dim(name) for axes in called.dynamic_shapes for name in axes.values()}
+    try:
+        with quiet_exporter(), torch.no_grad():
+            program = torch.onnx.export(
+                network,
+                tuple(value.to(folded.dtype) if value.is_floating_point() else value for value in called.example_inputs),
+                dynamo=True,
+                input_names=list(called.input_names),
+                output_names=list(called.output_names),
+                dynamic_shapes=_flat_shapes(called, dims),
+                opset_version=opset,
+                verbose=False,
+            )
+    except Exception as error:  # torch.onnx wraps the failures of every one of its stages differently
+        raise UnsupportedError(f"the folded network cannot be written as ONNX: {_reason(error)}") from None
+    assert program is not None
+    model = program.model_proto
+    _clean(model)
+    return model
+
+
+def _flat_shapes(called: CallInterface, dims: dict[str, Any]) -> tuple[dict[int, Any], ...]:
+    return tuple({axis: dims[name] for axis, name in axes.items()} for axes in called.dynamic_shapes)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost message, one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def _clean(model: onnx.ModelProto) -> None:
+    """Takes out what torch.onnx says about itself and adds module paths."""
+    model.producer_name, model.producer_version = "lowprec", lowprec.__version__
+    model.ir_version = min(model.ir_version, MAX_IR_VERSION)
+    model.graph.name = "network"
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+    for node in model.graph.node:
+        path = _module_path(node.metadata_props)
+        del node.metadata_props[:]
+        node.doc_string = ""
+        if path:
+            node.metadata_props.add(key=MODULE_PATH, value=path)
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        del value.metadata_props[:]
+        value.doc_string = ""
+    for tensor in model.graph.initializer:
+        assert not uses_external_data(tensor)
+        del tensor.metadata_props[:]
+        tensor.doc_string = ""
+
+
+def _module_path(properties: Iterable[onnx.StringStringEntryProto]) -> str:
+    """The module path among torch.onnx's scopes: all of them but the last, which is the operation."""
+    for entry in properties:
+        if entry.key == "pkg.torch.onnx.name_scopes":
+            scopes = ast.literal_eval(entry.value)
+            return next((scope for scope in reversed(scopes[:-1]) if scope), "")
+    return ""

@@ -1,0 +1,127 @@
+"""Decides, for every node of a float32 ONNX graph, which of its tensors become narrow.
+
+The operators' own schemas say which types they take, so no list of "fp16-safe" operators is kept here: a list goes
+stale with each opset, the schemas don't. What an operator may take as narrow it takes as narrow, unless asked to stay
+wide; operations that only move data have no opinion and follow their input, so that two wide nodes with a reshape
+between them are not rounded in passing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import onnx
+from onnx import TensorProto
+from onnx.defs import OpSchema
+
+from lowprec.errors import UnsupportedError
+
+Keep = Callable[[onnx.NodeProto], bool]
+
+# They hand values on without arithmetic, so their type is that of the first input.
+MOVEMENTS = frozenset(
+    "Concat DepthToSpace Expand Flatten Gather GatherElements GatherND Identity Reshape Slice SpaceToDepth Split "
+    "Squeeze Tile Transpose Unsqueeze".split()
+)
+# Their result's type is an attribute whose change would change what they compute or draw.
+_TYPED_BY_ATTRIBUTE = frozenset(
+    "Bernoulli EyeLike Multinomial QuantizeLinear DequantizeLinear RandomNormal RandomNormalLike RandomUniform "
+    "RandomUniformLike".split()
+)
+_GRAPH_ATTRIBUTES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+
+
+@dataclass
+class Typing:
+    """Which tensors of which nodes are narrow.
+
+    Args:
+        inputs: for each node, by position, whether each float input is taken as narrow; None for other inputs.
+        outputs: likewise for the outputs.
+        wide: why each node with float tensors stays wide.
+    """
+
+    inputs: list[list[bool | None]] = field(default_factory=list)
+    outputs: list[list[bool | None]] = field(default_factory=list)
+    wide: dict[str, str] = field(default_factory=dict)
+
+
+def type_nodes(model: onnx.ModelProto, is_float: Mapping[str, bool], narrow: str, keep: Keep | None) -> Typing:
+    """Types every node of a graph.
+
+    Args:
+        model: nodes in order of evaluation.
+        is_float: for each value, whether it is float32 in the given model.
+        narrow: the narrow type as schemas spell it (`tensor(float16)`).
+        keep: nodes that stay wide.
+
+    Raises:
+        UnsupportedError: a node holds a graph of its own (If, Loop, Scan).
+    """
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    typing = Typing()
+    narrow_values = {value.name: True for value in model.graph.input}
+    for node in model.graph.node:
+        if any(attribute.type in _GRAPH_ATTRIBUTES for attribute in node.attribute):
+            raise UnsupportedError(
+                f"node '{node.name}' ({node.op_type}) holds a graph of its own, which is not rounded to a narrower "
+                f"type; export the network without control flow"
+            )
+        schema = _schema(node, opsets)
+        reason = _reason(node, schema, narrow, keep)
+        follows = node.op_type in MOVEMENTS and reason is None and is_float.get(node.input[0], False)
+        if follows and narrow_values.get(node.input[0]) is False:
+            reason = f"moves the values of '{node.input[0]}', which is wide"
+        inputs = _allowed(node.input, schema.inputs if schema else (), is_float, narrow, reason is None)
+        outputs = _allowed(node.output, schema.outputs if schema else (), is_float, narrow, reason is None)
+        narrow_values.update({name: value for name, value in zip(node.output, outputs, strict=True) if value is not None})
+        typing.inputs.append(inputs)
+        typing.outputs.append(outputs)
+        if reason is not None and any(value is not None for value in (*inputs, *outputs)):
+            typing.wide[node.name] = reason
+    return typing
+
+
+def _schema(node: onnx.NodeProto, opsets: Mapping[str, int]) -> OpSchema | None:
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    try:
+        return onnx.defs.get_schema(node.op_type, opsets.get(domain, 1), domain)
+    except onnx.defs.SchemaError:
+        return None
+
+
+def _reason(node: onnx.NodeProto, schema: OpSchema | None, narrow: str, keep: Keep | None) -> str | None:
+    """Why a node stays wide, or None."""
+    if keep is not None and keep(node):
+        return "kept wide as asked"
+    if schema is None:
+        return f"operator {node.domain or 'ai.onnx'}.{node.op_type} has no schema that says which types it takes"
+    if node.op_type in _TYPED_BY_ATTRIBUTE:
+        return f"operator {node.op_type} fixes its type by an attribute"
+    formals = [*schema.inputs[:1], *schema.outputs[:1]]
+    floats = [formal for formal in formals if "tensor(float)" in formal.types]
+    if floats and not any(narrow in formal.types for formal in floats):
+        return f"operator {node.op_type} of opset {schema.since_version} is not defined for {narrow}"
+    return None
+
+
+def _allowed(
+    names: object, formals: object, is_float: Mapping[str, bool], narrow: str, wanted: bool
+) -> list[bool | None]:
+    """For each tensor: None unless it is float32, else whether it becomes narrow."""
+    formal_list = list(formals)  # type: ignore[call-overload]
+    result: list[bool | None] = []
+    for index, name in enumerate(names):  # type: ignore[call-overload]
+        if not name or not is_float.get(name, False):
+            result.append(None)
+        elif not wanted or not formal_list:
+            result.append(False)
+        else:
+            formal = formal_list[min(index, len(formal_list) - 1)]
+            result.append(narrow in formal.types)
+    return result
+
+
+ELEMENT_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+SCHEMA_TYPES = {"fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}

@@ -1,0 +1,57 @@
+"""Folds what algebra can fold into weights, in float64, and says why the rest stays.
+
+`trace` gives the truth, `fold_traced` works on it, `fold` is both. To add a rule: a file in `rules/` with `find`,
+`check` and `apply` on the neutral graph, one line in `RULES`, and rows in the tests' case table, refusals included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lowprec.export.folding.apply import fold_with_rules
+from lowprec.export.folding.module import FoldedModule
+from lowprec.export.folding.rules.affine_after_affine import AFFINE_AFTER_AFFINE
+from lowprec.export.folding.rules.affine_after_linear import AFFINE_AFTER_LINEAR
+from lowprec.export.folding.rules.identity_affine import IDENTITY_AFFINE
+from lowprec.export.folding.rules.rule import Match, Rule
+from lowprec.export.folding.trace import Traced, trace
+from lowprec.report import ChangeReport
+
+__all__ = ["RULES", "FoldedModule", "Match", "Rule", "Traced", "fold", "fold_traced", "trace"]
+
+# In order of application; each goes over the whole graph before the next one starts.
+RULES: dict[str, Rule] = {rule.name: rule for rule in (IDENTITY_AFFINE, AFFINE_AFTER_LINEAR, AFFINE_AFTER_AFFINE)}
+
+
+def fold_traced(traced: Traced) -> tuple[FoldedModule, ChangeReport]:
+    """Folds a traced network by every rule of `RULES`.
+
+    Args:
+        traced: from `trace`; it stays as it is.
+
+    Returns:
+        The folded network in the source's type (float32 unless the source is float64), and the report. Facts:
+        `float64_error`, `float32_error_ratio`, `norms_found`, `norms_folded`, `norms_left`, `fp16_range`.
+
+    Raises:
+        FoldError: the folded network is not the same function in float64, which is a defect of this library.
+    """
+    return fold_with_rules(traced, RULES.values())
+
+
+def fold(
+    model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any = None
+) -> tuple[FoldedModule, ChangeReport]:
+    """Folds norms and other per-channel affines into the weights before them; `model` stays as it is.
+
+    Args:
+        model: in evaluation mode.
+        example_inputs: the tuple of arguments, as torch.export takes it.
+        dynamic_shapes: as torch.export takes it; by default the first axis is free.
+
+    Raises:
+        FoldError: the network is in training mode or cannot be traced.
+    """
+    return fold_traced(trace(model, example_inputs, dynamic_shapes))

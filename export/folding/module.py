@@ -1,0 +1,112 @@
+"""The network that comes out of folding: fixed weights, one function, any batch size.
+
+An `ExportedProgram.module()` would be the obvious thing to hand out, but its `.eval()` raises, `training` reads True
+and its guards refuse other batch sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+
+from lowprec.errors import UnsupportedError
+from lowprec.export.folding.interface import Interface
+from lowprec.export.folding.program import PATH, Program
+
+
+class FoldedModule(nn.Module):
+    """A traced network with constant weights, for inference only.
+
+    Called like the network it came from, with positional arguments; floating inputs are cast to `dtype`. The weights
+    do not require gradients, `.eval()` changes nothing and `.train()` raises. It can be deep-copied, saved and loaded.
+
+    Args:
+        program: operations and constants.
+        interface: inputs, outputs and their structure.
+        dtype: the floating type of weights and arithmetic.
+
+    Attributes:
+        network: the flat graph: tensors in, tuple of tensors out.
+        input_names: forward's parameter names, one per tensor input.
+        output_names: `output`, or `output_0`, `output_1`, ...
+        dynamic_shapes: per input, the name of each axis whose length is free (`{0: "batch"}`).
+        example_inputs: the tensors it was traced with, in the order of `input_names`.
+        module_paths: for each operation of `network`, the module path in the original network.
+    """
+
+    def __init__(self, program: Program, interface: Interface, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.input_names = interface.input_names
+        self.output_names = interface.output_names
+        self.dynamic_shapes = interface.dynamic_shapes
+        self.example_inputs = tuple(
+            value.to(dtype) if value.is_floating_point() else value for value in interface.example_inputs
+        )
+        self._interface = interface
+        self.network = _graph_module(program, dtype)
+        self.module_paths = {
+            node.name: str(node.meta.get(PATH, "")) for node in self.network.graph.nodes if node.op == "call_function"
+        }
+        super().train(False)
+
+    def forward(self, *args: Any) -> Any:
+        """What the original network returns for these arguments, in the same structure."""
+        outputs = self.run_flat(self._interface.tensors_from_args(args))
+        return self._interface.result_from_outputs(outputs)
+
+    def run_flat(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Outputs in the order of `output_names` for inputs in the order of `input_names`."""
+        cast = [value.to(self.dtype) if value.is_floating_point() else value for value in inputs]
+        with torch.no_grad():
+            result: tuple[Tensor, ...] = self.network(*cast)
+        return result
+
+    def train(self, mode: bool = True) -> FoldedModule:
+        """Raises `UnsupportedError` for `mode=True`; a folded network has no training mode."""
+        if mode:
+            _refuse_training()
+        return self
+
+
+def _refuse_training() -> NoReturn:
+    raise UnsupportedError(
+        "a folded network cannot be put in training mode, its norms are part of its weights; "
+        "train the original network and fold it again"
+    )
+
+
+def _graph_module(program: Program, dtype: torch.dtype) -> fx.GraphModule:
+    """A GraphModule that owns its constants, in `dtype`, under names that are module paths."""
+    root = nn.Module()
+    for name, tensor in program.constants.items():
+        _set_constant(root, name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    graph = program.copy().graph
+    for node in graph.nodes:
+        node.meta = {key: value for key, value in node.meta.items() if isinstance(value, str)}
+        if node.op == "call_function":
+            node.args = fx.node.map_aggregate(node.args, lambda value: _narrow(value, dtype))
+            node.kwargs = fx.node.map_aggregate(node.kwargs, lambda value: _narrow(value, dtype))
+    return fx.GraphModule(root, graph, "FoldedNetwork")
+
+
+def _narrow(value: Any, dtype: torch.dtype) -> Any:
+    """A floating type named by an operation becomes the module's own."""
+    return dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+
+def _set_constant(root: nn.Module, name: str, tensor: Tensor) -> None:
+    *parents, leaf = name.split(".")
+    owner = root
+    for parent in parents:
+        if parent not in owner._modules:
+            owner.add_module(parent, nn.Module())
+        owner = owner.get_submodule(parent)
+    value = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if value.is_floating_point():
+        owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    else:
+        owner.register_buffer(leaf, value)

@@ -1,0 +1,1 @@
+"""The fold rules, one file each; their order is the table `RULES` in `lowprec.export.folding`."""

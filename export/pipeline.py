@@ -1,0 +1,224 @@
+"""`export`: trace -> fold -> emit -> round -> build -> judge, into one bundle.
+
+The order is the order of the waterfall: each step is judged against the float64 truth at the limit that fits it, the
+fold in float64, everything after it at the rounding-noise floor of its own precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from lowprec.artifacts import check_replaceable, new_folder, sha256_of, write_bytes, write_json, write_text
+from lowprec.calibration import calibrate
+from lowprec.data import Samples
+from lowprec.errors import ConfigError, MissingDependencyError
+from lowprec.export import bundle as layout
+from lowprec.export.backends import BACKENDS, BuildOptions, EngineBackend
+from lowprec.export.bundle import Bundle, is_bundle, open_bundle, provenance, write_manifest
+from lowprec.export.emit import convert_precision, emit_onnx
+from lowprec.export.float64 import Float64Graph
+from lowprec.export.folding import FoldedModule, Traced, fold_traced, trace
+from lowprec.export.golden import Golden
+from lowprec.export.page import render_page
+from lowprec.export.parity import Check, Limits, ParityReport, Stage
+from lowprec.export.stages import Artefact, judged, run_batched, run_stages
+from lowprec.export.truth import choose_samples, collect_batches, golden_from_trace, with_floors
+from lowprec.formats import format_named
+from lowprec.report import ChangeReport
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Progress = Callable[[int, int], None]
+
+ENGINE_TARGETS = {"tensorrt-rtx": "model.rtx.engine"}
+"""Engine file by target; the target's name is the name of the backend that builds it."""
+
+TARGETS = ("onnx", *ENGINE_TARGETS)
+DEFAULT_LIMITS = Limits()
+
+FOLD_LIMIT = 1e-10
+"""Largest relative float64 error of a fold: 64 u64 sqrt(K) with K = 10^4 is 7e-13; anything above 1e-10 is algebra."""
+
+_STEPS = 8
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What was asked for, checked before the first slow step."""
+
+    precisions: tuple[str, ...]
+    engines: tuple[str, ...]
+
+
+def export(
+    model: nn.Module,
+    example_inputs: tuple[torch.Tensor, ...],
+    folder: str | Path,
+    precision: str | Sequence[str] = "fp16",
+    targets: Sequence[str] = ("onnx",),
+    calibration: Samples | Iterable[Any] | None = None,
+    dynamic_shapes: Any = None,
+    *,
+    facts: dict[str, Any] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Writes a bundle and judges it; `bundle.parity` says how it stands.
+
+    Args:
+        model: in evaluation mode; untouched.
+        example_inputs: as `torch.export` takes them.
+        folder: the bundle; an earlier bundle of that name is replaced, anything else refused.
+        precision: `fp16`, `fp32`, or several; fp32 is always written.
+        targets: `onnx`, `tensorrt-rtx`; an engine is built from the narrowest precision asked for.
+        calibration: samples that the golden file and the ranges are taken from; the example inputs when None.
+        dynamic_shapes: as `torch.export` takes them; by default the leading axis is a dynamic batch.
+        facts: provenance for the manifest.
+        limits: the bands of the verdict.
+        progress: called with (done, total) steps.
+
+    Raises:
+        ConfigError: an unknown precision or target.
+        MissingDependencyError: a target's package is not installed.
+        FoldError: the network cannot be traced.
+        ArtifactError: the folder holds something else.
+    """
+    folder = Path(folder)
+    plan = _plan(precision, targets)
+    check_replaceable(folder, "a bundle", is_bundle)
+    step = _counter(progress)
+    traced = trace(model, example_inputs, dynamic_shapes)
+    step()
+    folded, fold_report = fold_traced(traced)
+    step()
+    models = _emit(folded, traced, plan)
+    step()
+    golden = _golden(traced, calibration, example_inputs, models["fp32"], plan)
+    step()
+    with new_folder(folder, "a bundle", is_bundle) as work:
+        artefacts = _write_models(work, models, plan)
+        step()
+        golden.save(work / layout.GOLDEN)
+        _write_evidence(work, model, golden, fold_report)
+        step()
+        stages = [_fold_stage(fold_report), _torch_stage(folded, golden, limits)]
+        stages += run_stages(artefacts, golden, BACKENDS, limits)
+        parity = ParityReport(tuple(stages), facts={"golden_samples": golden.samples})
+        step()
+        origin = provenance(**(facts or {}), data_fingerprint=_fingerprint(calibration))
+        write_json(work / layout.PARITY, parity.to_dict())
+        write_text(work / layout.REPORT, render_page([(folder.name, parity, fold_report)], origin))
+        write_manifest(work, origin)
+    step()
+    return open_bundle(folder)
+
+
+def _plan(precision: str | Sequence[str], targets: Sequence[str]) -> _Plan:
+    asked = (precision,) if isinstance(precision, str) else tuple(precision)
+    wanted = (targets,) if isinstance(targets, str) else tuple(targets)
+    for name in asked:
+        if name not in layout.ONNX_BY_PRECISION:
+            raise ConfigError(f"unknown precision {name!r}; choose from {', '.join(layout.ONNX_BY_PRECISION)}")
+    for name in wanted:
+        if name not in TARGETS:
+            raise ConfigError(f"unknown target {name!r}; choose from {', '.join(TARGETS)}")
+    engines = tuple(name for name in ENGINE_TARGETS if name in wanted)
+    for name in engines:
+        reason = BACKENDS[name].unavailable()
+        if reason:
+            raise MissingDependencyError(f"the target {name} was asked for and cannot be built here: {reason}")
+    precisions = tuple(name for name in layout.ONNX_BY_PRECISION if name == "fp32" or name in asked)
+    return _Plan(precisions, engines)
+
+
+def _emit(folded: FoldedModule, traced: Traced, plan: _Plan) -> dict[str, onnx.ModelProto]:
+    models = {"fp32": emit_onnx(folded, traced)}
+    for name in plan.precisions[1:]:
+        models[name], _ = convert_precision(models["fp32"], format_named(name))
+    return models
+
+
+def _golden(
+    traced: Traced,
+    calibration: Samples | Iterable[Any] | None,
+    example_inputs: tuple[torch.Tensor, ...],
+    model: onnx.ModelProto,
+    plan: _Plan,
+) -> Golden:
+    if isinstance(calibration, Samples):
+        feeds, labels = choose_samples(calibration, traced.input_names)
+    else:
+        batches = [example_inputs] if calibration is None else calibration
+        feeds, labels = collect_batches(batches, traced.input_names)
+    golden = golden_from_trace(traced, feeds, labels)
+    return with_floors(golden, Float64Graph(model), plan.precisions)
+
+
+def _write_models(work: Path, models: dict[str, onnx.ModelProto], plan: _Plan) -> list[Artefact]:
+    artefacts = []
+    for precision, model in models.items():
+        name = layout.ONNX_BY_PRECISION[precision]
+        write_bytes(work / name, model.SerializeToString(deterministic=True))
+        artefacts.append(Artefact(name, work / name, precision))
+    narrowest = artefacts[-1]
+    for target in plan.engines:
+        engine = work / ENGINE_TARGETS[target]
+        sidecar = _builder(target).build(narrowest.path, engine, BuildOptions(precision=narrowest.precision))
+        sidecar |= {"precision": narrowest.precision, "source": narrowest.name}
+        sidecar["source_sha256"] = sha256_of(narrowest.path)
+        write_json(work / f"{engine.name}.json", sidecar)
+        artefacts.append(Artefact(engine.name, engine, narrowest.precision))
+    return artefacts
+
+
+def _builder(target: str) -> EngineBackend:
+    backend = BACKENDS[target]
+    assert isinstance(backend, EngineBackend), f"ENGINE_TARGETS names {target}, which builds nothing"
+    return backend
+
+
+def _write_evidence(work: Path, model: nn.Module, golden: Golden, fold_report: ChangeReport) -> None:
+    import torch
+
+    feeds = tuple(torch.from_numpy(np.ascontiguousarray(value)) for value in golden.inputs.values())
+    write_json(work / layout.CALIBRATION, calibrate(model, [feeds]).to_dict())
+    bound = {"model_onnx_sha256": sha256_of(work / "model.onnx"), "limit": FOLD_LIMIT}
+    write_json(work / layout.FOLD, fold_report.to_dict() | bound)
+
+
+def _fold_stage(report: ChangeReport) -> Stage:
+    error = float(report.facts["float64_error"])
+    holds = error <= FOLD_LIMIT
+    text = f"folded against trained, both in float64: relative error {error:.1e}, limit {FOLD_LIMIT:.0e}"
+    check = Check("float64_error", "pass" if holds else "fail", error, FOLD_LIMIT, text)
+    return Stage("fold", "traced graph", "torch", "float64", status="ran", checks=(check,))
+
+
+def _torch_stage(folded: FoldedModule, golden: Golden, limits: Limits) -> Stage:
+    session = BACKENDS["torch"].open(folded)
+    outputs = run_batched(session, golden.inputs)
+    return judged("fp32 on torch", "folded module", "torch", session.arithmetic, outputs, golden, "fp32", limits)
+
+
+def _fingerprint(calibration: Any) -> str | None:
+    return calibration.fingerprint if isinstance(calibration, Samples) else None
+
+
+def _counter(progress: Progress | None) -> Callable[[], None]:
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, _STEPS)
+
+    return step

@@ -1,0 +1,136 @@
+"""Runs artefacts on backends against the golden samples: the part of parity that export and verify share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowprec.errors import DataError, LowprecError, MissingDependencyError
+from lowprec.export.backends import BACKENDS, Backend, EngineBackend, Session, backend_named
+from lowprec.export.golden import Golden
+from lowprec.export.parity import Limits, Stage, judge
+from lowprec.export.parity.report import Status
+
+Arrays = dict[str, NDArray[Any]]
+
+_BATCH = 64
+"""Samples per call: large enough to be fast, small enough that activations of image networks fit in memory."""
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One file to be judged.
+
+    Args:
+        name: its file name, as the report shows it.
+        path: where it is.
+        precision: what its stored values are rounded to.
+    """
+
+    name: str
+    path: Path
+    precision: str
+
+
+def choose_backends(names: Sequence[str] | None) -> dict[str, Backend]:
+    """The backends called `names`, or all of them.
+
+    Raises:
+        ConfigError: no backend of that name.
+        MissingDependencyError: one that was asked for by name cannot run here.
+    """
+    if names is None:
+        return dict(BACKENDS)
+    for name in names:
+        backend = backend_named(name)
+        reason = backend.unavailable() or backend.cannot_run()
+        if reason:
+            raise MissingDependencyError(f"the backend {name} was asked for and cannot run here: {reason}")
+    return {name: BACKENDS[name] for name in names}
+
+
+def run_stages(
+    artefacts: Sequence[Artefact],
+    golden: Golden,
+    backends: Mapping[str, Backend],
+    limits: Limits,
+    progress: Callable[[int, int], None] | None = None,
+    suffix: str = "",
+) -> list[Stage]:
+    """One stage per artefact and backend that takes it; those that cannot run here say why."""
+    jobs = [(a, n, b) for a in artefacts for n, b in backends.items() if b.accepts(a.path)]
+    stages = []
+    for done, (artefact, name, backend) in enumerate(jobs):
+        if progress:
+            progress(done, len(jobs))
+        stages.append(_run_stage(artefact, name, backend, golden, limits, suffix))
+    if progress:
+        progress(len(jobs), len(jobs))
+    return stages
+
+
+def _run_stage(
+    artefact: Artefact, name: str, backend: Backend, golden: Golden, limits: Limits, suffix: str
+) -> Stage:
+    title = f"{artefact.precision} on {name}{suffix}"
+    reason = backend.unavailable() or backend.cannot_run()
+    if reason:
+        built = isinstance(backend, EngineBackend)
+        status: Status = "built, not run here" if built else "not available here"
+        return Stage(title, artefact.name, name, "-", status=status, reason=reason)
+    session = backend.open(artefact.path)
+    outputs = run_batched(session, golden.inputs)
+    return judged(title, artefact.name, name, session.arithmetic, outputs, golden, artefact.precision, limits)
+
+
+def judged(
+    title: str,
+    artefact: str,
+    backend: str,
+    arithmetic: str,
+    outputs: Arrays,
+    golden: Golden,
+    precision: str,
+    limits: Limits,
+) -> Stage:
+    """The stage of outputs that were computed, judged against the golden ones at the floor of `precision`."""
+    if precision not in golden.floors:
+        raise LowprecError(f"no {precision} rounding-noise floor was recorded, so {artefact} cannot be judged")
+    checks = judge(golden.outputs, outputs, golden.floors[precision], labels=golden.labels, limits=limits)
+    return Stage(title, artefact, backend, arithmetic, status="ran", checks=tuple(checks))
+
+
+def run_batched(session: Session, feeds: Mapping[str, NDArray[Any]], batch: int = _BATCH) -> Arrays:
+    """Outputs of a session on all samples, computed `batch` samples at a time and joined.
+
+    Raises:
+        DataError: the names of the feeds and of the session's inputs differ in a way that leaves a choice.
+    """
+    taken = match_names(list(feeds), [spec.name for spec in session.inputs])
+    total = len(next(iter(feeds.values())))
+    parts = [
+        session.run({taken[name]: value[start : start + batch] for name, value in feeds.items()})
+        for start in range(0, total, batch)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def match_names(given: list[str], wanted: list[str]) -> dict[str, str]:
+    """The input that each array feeds: of the same name, or the only one there is.
+
+    Raises:
+        DataError: anything else, since a guess would feed the wrong tensor.
+    """
+    if set(given) == set(wanted):
+        return {name: name for name in given}
+    if len(given) == len(wanted) == 1:
+        return {given[0]: wanted[0]}
+    raise DataError(
+        f"the inputs do not match: there are arrays for {', '.join(given)}, the model takes {', '.join(wanted)}; "
+        "give both the same names"
+    )

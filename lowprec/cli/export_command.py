@@ -1,0 +1,47 @@
+"""`lowprec export`: from a trained model to a bundle."""
+
+from __future__ import annotations
+
+import argparse
+
+from lowprec.cli import parity_table
+from lowprec.cli.terminal import note, progress, say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `lowprec export`."""
+    parser.add_argument("model", help="a run folder, or MODULE:FACTORY importable from the current folder")
+    parser.add_argument("-o", "--output", required=True, metavar="BUNDLE", help="bundle folder to write")
+    parser.add_argument(
+        "--precision", nargs="+", default=["fp16"], metavar="P", help="fp32, fp16 (default: fp16; fp32 is always written)"
+    )
+    parser.add_argument(
+        "--target", nargs="+", default=["onnx"], metavar="T", help="onnx, tensorrt-rtx (default: onnx)"
+    )
+    parser.add_argument(
+        "--calibration", metavar="DATA", help="digits, a folder of images, or an .npz (default: the run's own data)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the parity report as one JSON document")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports, prints the waterfall, and returns 1 when parity does not hold."""
+    from lowprec.export.pipeline import export
+    from lowprec.export.sources import open_source, samples_or_none
+
+    source = open_source(args.model)
+    samples = samples_or_none(args.calibration or source.data, split="test" if source.data else "all")
+    with progress("export") as report_progress:
+        bundle = export(
+            source.module,
+            source.inputs_for(samples),
+            args.output,
+            precision=args.precision,
+            targets=args.target,
+            calibration=samples,
+            facts={"source": source.name, **source.facts},
+            progress=report_progress,
+        )
+    status = parity_table.show(bundle.parity, as_json=args.json)
+    (say if not args.json else note)(f"bundle: {bundle.folder} (manifest SHA-256 {bundle.manifest_sha256})")
+    return status

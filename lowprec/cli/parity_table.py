@@ -1,0 +1,66 @@
+"""A parity report as a person reads it: the waterfall of errors, then the verdict and what decided it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from lowprec.cli.terminal import print_json, print_table, say
+
+if TYPE_CHECKING:
+    from lowprec.export.parity import Limits, ParityReport, Stage
+
+_COLUMNS = {"rms error": "rms", "rho": "rho", "top-1 agreement": "agreement"}
+_STATUS = {"fail": 1, "inconclusive": 3}
+
+
+def add_claims(parser: argparse.ArgumentParser) -> None:
+    """Adds the claims that a user may ask a comparison to prove."""
+    parser.add_argument(
+        "--margin", type=float, metavar="POINTS", help="claim: accuracy drops by less than so many points (needs labels)"
+    )
+    parser.add_argument(
+        "--min-agreement", type=float, metavar="SHARE", help="claim: at least this share of decisions agree (0.999)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def limits_from(args: argparse.Namespace) -> Limits:
+    """The limits of the verdict, with the claims that were asked for."""
+    from lowprec.export.parity import Limits
+
+    return Limits(margin=None if args.margin is None else args.margin / 100, min_agreement=args.min_agreement)
+
+
+def show(report: ParityReport, *, as_json: bool, title: str = "") -> int:
+    """Prints the report and returns the exit status: 0 parity holds (warnings included), 1 fails, 3 undecided."""
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print_waterfall(report, title)
+        for stage in report.stages:
+            for check in stage.checks:
+                if check.verdict not in ("pass", "info"):
+                    say(f"{check.verdict}: {stage.name}: {check.text}")
+        say(f"verdict: {report.verdict}")
+    return 0 if report.passed else _STATUS[report.verdict]
+
+
+def print_waterfall(report: ParityReport, title: str = "") -> None:
+    """One row per stage, in the order in which a network goes through them."""
+    headers = ("stage", "artefact", "backend", "arithmetic", *_COLUMNS, "verdict")
+    print_table(headers, [_row(stage) for stage in report.stages], title)
+
+
+def _row(stage: Stage) -> tuple[str, ...]:
+    figures = [_figure(stage, name) for name in _COLUMNS.values()]
+    verdict = stage.verdict if stage.status == "ran" else stage.status
+    return (stage.name, stage.artefact, stage.backend, stage.arithmetic, *figures, verdict)
+
+
+def _figure(stage: Stage, metric: str) -> str:
+    """The worst value of a metric over the outputs of a stage."""
+    found = [c.value for c in stage.checks if c.name.partition(":")[0] == metric and c.value is not None]
+    if not found:
+        return "-"
+    return f"{min(found):.2%}" if metric == "agreement" else f"{max(found):.3g}"

@@ -1,0 +1,51 @@
+"""Float32 masters of half parameters.
+
+A half weight at 1.0 ignores every update below 2^-11, so the optimizer works on a float32 copy and the half weight is
+its rounding. The copy is reached from the parameter through a weak table instead of an attribute of the parameter: an
+attribute would travel into `torch.save(model)`, and a table keyed by the living tensor needs no names, survives tied
+weights and disappears with the model. A deep copy of a model has no masters, as it has no optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+_masters: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def master_of(param: Tensor) -> Tensor:
+    """The float32 master of `param` if `Precision.prepare` made one, else `param` itself; looked up at call time."""
+    master: Tensor = _masters.get(param, param)  # type: ignore[no-untyped-call]
+    return master
+
+
+def make_master(param: nn.Parameter) -> nn.Parameter:
+    """Makes a leaf that holds the exact value of `param`, in float32 or wider, and registers it as its master."""
+    wide = torch.promote_types(param.dtype, torch.float32)
+    master = nn.Parameter(param.detach().to(dtype=wide, copy=True), requires_grad=param.requires_grad)
+    _masters[param] = master
+    return master
+
+
+@torch.no_grad()
+def weights_from_masters(params: Iterable[Tensor]) -> None:
+    """Sets every parameter that has a master to the master's value, rounded once to the parameter's type."""
+    pairs = [(param, master) for param in params if (master := master_of(param)) is not param]
+    if pairs:
+        torch._foreach_copy_([param for param, _ in pairs], [master for _, master in pairs])
+
+
+@torch.no_grad()
+def masters_from_weights(params: Iterable[Tensor]) -> None:
+    """Sets masters to weights that were changed from outside (a `load_state_dict`).
+
+    A master that still rounds to its weight keeps its finer value.
+    """
+    for param in params:
+        master = master_of(param)
+        if master is not param and not torch.equal(master.to(param.dtype), param):
+            master.copy_(param)

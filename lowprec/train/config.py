@@ -1,0 +1,263 @@
+"""The config of a run: one frozen dataclass per TOML section.
+
+Dataclasses and not a dictionary, so that a misspelt key is an error with the nearest name instead of a default that
+nobody asked for, and a resolved config (all defaults written out) can be stored with the run and read back unchanged.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+from lowprec.errors import ConfigError
+from lowprec.precision.modes import mode_named
+from lowprec.precision.scale import ScalePolicy
+from lowprec.train.schedule import SCHEDULES
+from lowprec.train.toml import toml_text
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """`[model]`: `factory` is `module:function`, called with `args`; it returns a module, or (module, examples)."""
+
+    factory: str = "lowprec.models:small_resnet"
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """`[method]`: a name in METHODS and its arguments; `none` leaves the network as it is."""
+
+    name: str = "none"
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """`[precision]`: the arguments of `lowprec.Precision`."""
+
+    mode: str = "fp16-master"
+    init_scale: float = 2.0**16
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+    min_scale: float = 2.0**-2
+    max_scale: float = 2.0**24
+    hysteresis: int = 1
+
+    def __post_init__(self) -> None:
+        values = asdict(self)
+        mode_named(values.pop("mode"))
+        ScalePolicy(**values)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`[data]`: `digits`, an .npz or a folder of images; `test_fraction` of the samples is held out.
+
+    `batch_size` is an upper bound: an epoch is cut into batches of nearly equal size, so that no batch is so small
+    that its statistics mean nothing.
+    """
+
+    source: str = "digits"
+    batch_size: int = 64
+    test_fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        _at_least("data.batch_size", self.batch_size, 1)
+        if not 0 < self.test_fraction < 1:
+            raise ConfigError(f"data.test_fraction is {self.test_fraction}; give a number between 0 and 1")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """`[optim]`: the optimizer and how its learning rate moves.
+
+    Args:
+        name: one of `OPTIMIZERS`.
+        lr: the highest learning rate.
+        momentum: of sgd; Adam's first beta.
+        weight_decay: L2 for sgd and adam, decoupled for adamw.
+        clip_norm: total gradient norm after unscaling; 0 does not clip.
+        schedule: one of `SCHEDULES`.
+        warmup: landed steps of linear warm-up.
+        step_epochs: for `step`, epochs between two drops.
+        gamma: for `step`, the factor of a drop.
+    """
+
+    name: str = "sgd"
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    clip_norm: float = 0.0
+    schedule: str = "cosine"
+    warmup: int = 0
+    step_epochs: int = 10
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        _one_of("optim.name", self.name, OPTIMIZERS)
+        _one_of("optim.schedule", self.schedule, SCHEDULES)
+        if not 0 < self.lr < float("inf"):
+            raise ConfigError(f"optim.lr is {self.lr}; give a positive number")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"optim.momentum is {self.momentum}; give a number from 0 to below 1")
+        for name in ("weight_decay", "clip_norm", "warmup"):
+            _at_least(f"optim.{name}", getattr(self, name), 0)
+        _at_least("optim.step_epochs", self.step_epochs, 1)
+        if not 0 < self.gamma <= 1:
+            raise ConfigError(f"optim.gamma is {self.gamma}; give a factor above 0, at most 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """`[run]`: how long, from which seed, and how often state is saved.
+
+    Args:
+        epochs: passes over the training samples.
+        seed: of weights, data order and whatever the model draws.
+        checkpoint_every_steps: a checkpoint after so many steps; 0 saves at the end of each epoch only.
+        keep: the newest so many checkpoints stay.
+        device: `auto` is the GPU if there is one.
+    """
+
+    epochs: int = 10
+    seed: int = 0
+    checkpoint_every_steps: int = 0
+    keep: int = 2
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _at_least("run.epochs", self.epochs, 1)
+        _at_least("run.seed", self.seed, 0)
+        _at_least("run.checkpoint_every_steps", self.checkpoint_every_steps, 0)
+        _at_least("run.keep", self.keep, 1)
+        _one_of("run.device", self.device, DEVICES)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole config; see the section classes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def to_toml(self) -> str:
+        """The config with all defaults written out; `parse_config` reads it back to an equal one."""
+        return toml_text(asdict(self))
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Reads a TOML file and applies `section.key=value` overrides.
+
+    Raises:
+        ConfigError: the file is missing, not TOML, or holds an unknown or wrong value.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"the config {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"the config {path} cannot be read: {error.strerror or error}") from None
+    return parse_config(text, overrides, str(path))
+
+
+def parse_config(text: str, overrides: Iterable[str] = (), name: str = "the config") -> Config:
+    """Parses TOML text; `name` stands for it in errors. Raises `ConfigError`."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name} is not valid TOML: {error}") from None
+    for override in overrides:
+        _override(raw, override)
+    return config_from(raw)
+
+
+def config_from(raw: Mapping[str, Any]) -> Config:
+    """Builds a config from nested plain data. Raises `ConfigError`."""
+    sections = get_type_hints(Config)
+    for name, value in raw.items():
+        if name not in sections:
+            raise ConfigError(f"unknown section [{name}]; {_nearest(name, sections)}")
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"[{name}] is {_kind(value)}; it must be a section of keys and values")
+    return Config(**{name: _section(name, sections[name], values) for name, values in raw.items()})
+
+
+def _section(section: str, cls: Any, values: Mapping[str, Any]) -> Any:
+    types = get_type_hints(cls)
+    checked = {}
+    for key, value in values.items():
+        if key not in types:
+            raise ConfigError(f"unknown key {key!r} in [{section}]; {_nearest(key, types)}")
+        checked[key] = _checked(f"{section}.{key}", value, get_origin(types[key]) or types[key])
+    return cls(**checked)
+
+
+_KINDS: dict[type, str] = {float: "a number", int: "a whole number", str: "a string", dict: "a table"}
+
+
+def _checked(name: str, value: Any, wanted: type) -> Any:
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise ConfigError(f"{name} is {_kind(value)}; it must be {_KINDS[wanted]}")
+    return value
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    """Applies one `section.key=value`; the value is TOML, and a bare word is a string."""
+    path, equals, value = text.partition("=")
+    keys = [key.strip() for key in path.split(".")]
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ConfigError(f"--set {text!r} is not of the form section.key=value")
+    table = raw
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {text!r}: {key!r} is not a table")
+    table[keys[-1]] = _value(value.strip(), text)
+
+
+def _value(value: str, text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+        if set(parsed) == {"value"}:
+            return parsed["value"]
+    except tomllib.TOMLDecodeError:
+        pass
+    if not value or value[0] in "\"'[{" or "\n" in value:
+        raise ConfigError(f"--set {text!r}: the value is not valid TOML")
+    return value
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+
+
+def _one_of(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name} is {value!r}; {_nearest(value, known)}")
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    if not value >= least or value == float("inf"):
+        raise ConfigError(f"{name} is {value}; give at least {least}")
+
+
+def _kind(value: Any) -> str:
+    kinds = {bool: "true or false", **_KINDS, list: "an array"}
+    text = kinds.get(type(value), type(value).__name__)
+    return f"{text} ({value!r})" if isinstance(value, (bool, int, float, str)) else text

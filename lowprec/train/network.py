@@ -1,0 +1,117 @@
+"""Builds what a config describes: network, optimizer, and the tensors of a batch."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lowprec.data import Samples
+from lowprec.errors import ConfigError, DataError
+from lowprec.methods import convert
+from lowprec.train.checkpoint import load_random_state, random_state
+from lowprec.train.config import Config, OptimConfig
+from lowprec.train.factory import build_model
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds torch, numpy and Python, and gives the caller's generators back at the end."""
+    before = random_state()
+    try:
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - for models that draw from it
+        random.seed(seed)
+        yield
+    finally:
+        load_random_state(before)
+
+
+def build_network(config: Config) -> nn.Module:
+    """The model of `[model]`, converted by `[method]`.
+
+    Raises:
+        ConfigError: the factory or the method is wrong.
+        UnsupportedError: the method finds nothing to do in this network.
+    """
+    model, _ = build_model(config.model.factory, config.model.args)
+    name, args = config.method.name, config.method.args
+    if name == "none":
+        if args:
+            raise ConfigError("[method] has args but no name; give the method's name")
+        return model
+    converted, _ = convert(model, name, **args)
+    return converted
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of `[optim]` over all parameters of `model`. Raises `ConfigError` if there are none."""
+    params = list(model.parameters())
+    if not params:
+        raise ConfigError("the model of [model] has no parameters to train")
+    if config.name == "sgd":
+        return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    adam = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return adam(params, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
+
+
+def check_inputs(model: nn.Module, samples: Samples) -> None:
+    """Raises `DataError` unless `samples` have labels and their arrays can be the arguments of the model's forward."""
+    if samples.labels is None:
+        raise DataError(f"{samples.source} has no labels; training needs an integer class per sample")
+    signature = inspect.signature(model.forward)
+    names = [name for name in samples.inputs if name is not None]
+    try:
+        signature.bind(**dict.fromkeys(names)) if names else signature.bind(None)
+    except TypeError as error:
+        found = ", ".join(names) or "one unnamed array"
+        raise DataError(
+            f"{samples.source} holds {found}, but the model is called as forward{signature}: {error}"
+        ) from None
+
+
+def batch_of(
+    samples: Samples, index: NDArray[np.int64], device: torch.device
+) -> tuple[dict[str | None, Tensor], Tensor]:
+    """Inputs by name and labels of the samples at `index`; floating inputs become float32."""
+    if samples.labels is None:
+        raise DataError(f"{samples.source} has no labels")
+    inputs = {}
+    for name, array in samples.inputs.items():
+        tensor = torch.from_numpy(array[index]).to(device)
+        inputs[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return inputs, torch.from_numpy(samples.labels[index]).to(device)
+
+
+def logits_of(model: nn.Module, inputs: dict[str | None, Tensor], labels: Tensor) -> Tensor:
+    """Calls the model, by position for an unnamed input, and checks that it returns (N, classes)."""
+    named = {name: tensor for name, tensor in inputs.items() if name is not None}
+    logits = model(**named) if named else model(inputs[None])
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError(f"the model returns {found} for {len(labels)} samples; training needs logits (N, classes)")
+    return logits
+
+
+def check_labels(samples: Samples, classes: int) -> None:
+    """Raises `DataError` if a label is not one of `classes`."""
+    if samples.labels is not None and not 0 <= samples.labels.min() <= samples.labels.max() < classes:
+        low, high = samples.labels.min(), samples.labels.max()
+        raise DataError(f"{samples.source}: labels run from {low} to {high}, the model has {classes} classes")
+
+
+def batches_of_epoch(n: int, batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+    """The samples of each batch of an epoch: a pure function, so that a resumed run continues in the same order.
+
+    A shuffle by the raw stream of PCG64 seeded with (seed, epoch), cut into ceil(n / batch_size) parts whose sizes
+    differ by one at most: a rest of one sample would have no batch statistics.
+    """
+    stream = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+    order = np.argsort(stream.random_raw(n), kind="stable")
+    return np.array_split(order, -(-n // batch_size))

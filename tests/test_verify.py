@@ -1,0 +1,199 @@
+"""`verify`: holds on what was exported, fails on what was changed, and needs no torch."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from lowprec.artifacts import sha256_of
+from lowprec.errors import ArtifactError, ConfigError, MissingDependencyError, ParityError
+from lowprec.export import verify
+from lowprec.export.bundle import open_bundle
+
+WITHOUT_TORCH = """
+import sys
+class Absent:
+    names = {"torch", "onnxscript", "safetensors", "sklearn", "scipy", "rich", "jinja2", "matplotlib", "tensorrt_rtx"}
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+@pytest.fixture
+def bundle(demo, tmp_path):
+    """A copy of the L1 bundle to be damaged."""
+    return shutil.copytree(demo[0] / "l1" / "bundle", tmp_path / "bundle")
+
+
+def hash_anew(bundle, *, bind=False):
+    """What somebody does who changes a file and wants the bundle to look whole."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    if bind:
+        fold = json.loads((bundle / "fold.json").read_text())
+        fold["model_onnx_sha256"] = sha256_of(bundle / "model.onnx")
+        (bundle / "fold.json").write_text(json.dumps(fold))
+        side = json.loads((bundle / "model.rtx.engine.json").read_text())
+        side["source_sha256"] = sha256_of(bundle / side["source"])
+        (bundle / "model.rtx.engine.json").write_text(json.dumps(side))
+    manifest["files"] = {name: sha256_of(bundle / name) for name in manifest["files"]}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def scale_weight(path, index, factor):
+    model = onnx.load(path)
+    tensor = model.graph.initializer[index]
+    array = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(numpy_helper.from_array((array * factor).astype(array.dtype), tensor.name))
+    onnx.save(model, path)
+
+
+def weights_of(path):
+    model = onnx.load(path)
+    return [i for i, t in enumerate(model.graph.initializer) if len(t.dims) >= 2 and t.data_type in (1, 10)]
+
+
+def test_an_untouched_bundle_holds(bundle, command):
+    done = command("verify", bundle, cwd=bundle)
+    assert done.status == 0, done.stderr
+    assert "verdict: pass" in done.stdout
+    assert "built, not run here" in done.stdout
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.fp16.onnx"])
+def test_one_weight_tensor_changed_by_one_percent_fails_though_hashed_anew(bundle, command, file):
+    scale_weight(bundle / file, weights_of(bundle / file)[2], 1.01)
+    hash_anew(bundle)
+    done = command("verify", bundle, cwd=bundle)
+    assert done.status == 1, done.stdout + done.stderr
+    assert "fail" in done.stdout
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.fp16.onnx"])
+def test_the_numbers_alone_find_one_percent_in_any_weight_tensor(bundle, file):
+    """With every hash in the bundle forged too, only the outputs can tell."""
+    whole = (bundle / file).read_bytes()
+    indices = weights_of(bundle / file)
+    assert len(indices) >= 6
+    for index in indices:
+        (bundle / file).write_bytes(whole)
+        scale_weight(bundle / file, index, 1.01)
+        hash_anew(bundle, bind=True)
+        report = verify(bundle, backends=["onnxruntime"])
+        assert report.verdict == "fail", index
+        with pytest.raises(ParityError, match="rho|elementwise|channel"):
+            report.raise_if_failed()
+
+
+def test_evidence_for_another_file_fails(bundle):
+    fold = json.loads((bundle / "fold.json").read_text())
+    fold["model_onnx_sha256"] = "0" * 64
+    (bundle / "fold.json").write_text(json.dumps(fold))
+    hash_anew(bundle)
+    report = verify(bundle)
+    assert report.verdict == "fail"
+    assert "fold.json was made for another model.onnx" in report.failure()
+
+
+def test_one_flipped_byte_in_any_file_is_unusable(bundle, command):
+    names = sorted(json.loads((bundle / "manifest.json").read_text())["files"])
+    assert {"model.onnx", "model.fp16.onnx", "model.rtx.engine", "golden.npz", "report.html"} <= set(names)
+    for name in names:
+        whole = (bundle / name).read_bytes()
+        damaged = bytearray(whole)
+        damaged[len(damaged) // 2] ^= 1
+        (bundle / name).write_bytes(damaged)
+        with pytest.raises(ArtifactError, match=f"{name} was changed: SHA-256"):
+            verify(bundle)
+        if name == "model.onnx":
+            done = command("verify", bundle, cwd=bundle)
+            assert (done.status, done.stdout) == (2, "")
+            assert len(done.stderr.splitlines()) == 1
+        (bundle / name).write_bytes(whole)
+    assert verify(bundle).passed
+
+
+def test_it_runs_where_torch_and_every_optional_package_are_absent(bundle, command):
+    done = command("verify", bundle, cwd=bundle, before=WITHOUT_TORCH)
+    assert done.status == 0, done.stderr
+    assert "verdict: pass" in done.stdout
+    for arguments in (("doctor",), ("inspect", bundle)):
+        done = command(*arguments, cwd=bundle, before=WITHOUT_TORCH)
+        assert done.status == 0, done.stderr
+
+
+def test_json_is_one_document_and_nothing_else(bundle, command):
+    done = command("verify", bundle, "--json", cwd=bundle)
+    report = json.loads(done.stdout)
+    assert report["verdict"] == "pass"
+
+
+def test_the_manifest_can_be_pinned(bundle, command):
+    digest = sha256_of(bundle / "manifest.json")
+    assert command("verify", bundle, "--manifest-sha256", digest, cwd=bundle).status == 0
+    done = command("verify", bundle, "--manifest-sha256", "0" * 64, cwd=bundle)
+    assert done.status == 2
+    assert "this is another bundle" in done.stderr
+
+
+def test_a_backend_asked_for_by_name(bundle, command):
+    assert verify(bundle, backends=["reference"]).passed
+    with pytest.raises(ConfigError, match="unknown backend 'onnxruntim'"):
+        verify(bundle, backends=["onnxruntim"])
+    with pytest.raises(MissingDependencyError, match="the backend tensorrt-rtx was asked for and cannot run here"):
+        verify(bundle, backends=["tensorrt-rtx"])
+    assert command("verify", bundle, "--backend", "tensorrt-rtx", cwd=bundle).status == 3
+    with pytest.raises(ConfigError, match="the backend torch runs nothing that"):
+        verify(bundle, backends=["torch"])
+
+
+def test_more_data_gives_more_stages(bundle):
+    plain, wider = verify(bundle), verify(bundle, data="digits")
+    assert len(wider.stages) > len(plain.stages)
+    assert wider.passed
+
+
+def test_data_of_the_wrong_shape_or_with_nan_is_one_line(bundle, tmp_path, command):
+    np.savez(tmp_path / "wrong.npz", x=np.zeros((4, 1, 9, 9), np.float32))
+    np.savez(tmp_path / "nan.npz", x=np.full((4, 1, 8, 8), np.nan, np.float32))
+    np.savez(tmp_path / "name.npz", pixels=np.zeros((4, 1, 8, 8), np.float32), other=np.zeros((4, 1), np.float32))
+    for name in ("wrong.npz", "nan.npz", "name.npz", "absent.npz"):
+        done = command("verify", bundle, "--data", tmp_path / name, cwd=tmp_path)
+        assert done.status == 2, (name, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert len([line for line in done.stderr.splitlines() if line.startswith("lowprec: ")]) == 1
+
+
+@pytest.mark.parametrize("damage", ["gone", "folder", "no files", "schema", "escape", "golden"])
+def test_a_damaged_bundle_is_one_line(bundle, command, damage):
+    manifest = bundle / "manifest.json"
+    content = json.loads(manifest.read_text())
+    if damage == "gone":
+        (bundle / "model.onnx").unlink()
+    elif damage == "folder":
+        manifest.unlink()
+    elif damage == "no files":
+        manifest.write_text(json.dumps({**content, "files": {}}))
+    elif damage == "schema":
+        manifest.write_text(json.dumps({**content, "schema": 99}))
+    elif damage == "escape":
+        files = {**content["files"], "../../etc/passwd": "0" * 64}
+        manifest.write_text(json.dumps({**content, "files": files}))
+    else:
+        np.savez(bundle / "golden.npz", x=np.zeros(3))
+        hash_anew(bundle)
+    done = command("verify", bundle, cwd=bundle)
+    assert (done.status, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_an_open_bundle_lists_what_it_holds(bundle):
+    opened = open_bundle(bundle)
+    assert list(opened.onnx_artefacts) == ["fp32", "fp16"]
+    assert opened.engines == ["model.rtx.engine"]
+    with pytest.raises(ArtifactError, match=r"has no model\.int8\.onnx; it lists"):
+        opened.path("model.int8.onnx")
