@@ -14,13 +14,13 @@ import platform
 import re
 import subprocess
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lowprec
 from lowprec.artifacts import member_path, read_json, sha256_of, write_json
 from lowprec.errors import ArtifactError
+from lowprec.packages import installed_versions
 from lowprec.report import ChangeReport
 
 if TYPE_CHECKING:
@@ -159,22 +159,11 @@ def provenance(**facts: Any) -> dict[str, Any]:
         "lowprec": lowprec.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "packages": package_versions(_PACKAGES),
+        "packages": installed_versions(_PACKAGES),
         "git_commit": _git_commit(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **facts,
     }
-
-
-def package_versions(names: tuple[str, ...]) -> dict[str, str]:
-    """Installed version by distribution name, absent ones left out."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _git_commit() -> str | None:

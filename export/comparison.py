@@ -22,7 +22,7 @@ from lowprec.export.golden import Golden
 from lowprec.export.onnx_files import load_onnx
 from lowprec.export.parity import Limits, ParityReport
 from lowprec.export.stages import Artefact, judged, run_batched, run_stages
-from lowprec.export.truth import choose_samples, golden_from_onnx, golden_from_trace, with_floors
+from lowprec.export.truth import choose_samples, golden_from_onnx, golden_from_trace
 from lowprec.formats import FP32, format_named
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ def _golden(side: _Side, samples: Samples, precision: str) -> Golden:
     traced = trace(side.source.module, side.source.inputs_for(samples))
     folded, _ = fold_traced(traced)
     feeds, labels = choose_samples(samples, traced.input_names)
-    golden = golden_from_trace(traced, feeds, labels)
-    return with_floors(golden, Float64Graph(emit_onnx(folded, traced)), {precision})
+    return golden_from_trace(traced, Float64Graph(emit_onnx(folded, traced)), feeds, labels, {precision})
 
 
 def _declared_precision(side: _Side) -> str:

@@ -82,7 +82,7 @@ def pad_spatial(x_NCS: Array, before: Sequence[int], after: Sequence[int], fill:
 def convolve(x_NCS: Array, w_OCK: Array, strides: Sequence[int], dilations: Sequence[int], groups: int) -> Array:
     """Cross-correlation of a padded input, as ONNX's Conv: y[n,o,s] = sum over c,k of w[o,c,k] x[n,c,s*stride+k*dil].
 
-    One BLAS product per group and block of samples, accumulated in the arrays' own type (float64 here).
+    One BLAS product per group and sample, accumulated in the arrays' own type (float64 here).
 
     Args:
         x_NCS: (N, G*C, spatial...), padded already.
@@ -96,19 +96,17 @@ def convolve(x_NCS: Array, w_OCK: Array, strides: Sequence[int], dilations: Sequ
     axes, out = len(kernel), view.shape[2 : 2 + len(kernel)]
     samples, outputs, depth = x_NCS.shape[0], w_OCK.shape[0], w_OCK.shape[1]
     terms, places = depth * math.prod(kernel), math.prod(out)
-    y = np.empty((samples, outputs, *out), np.result_type(x_NCS, w_OCK))
+    y = np.empty((samples, outputs, places), np.result_type(x_NCS, w_OCK))
     block = max(1, _BLOCK_VALUES // max(1, terms * places))
-    order = (0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
+    order = (0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
     for group in range(groups):
-        w_TO = w_OCK[group * outputs // groups : (group + 1) * outputs // groups].reshape(-1, terms).T
+        rows = slice(group * outputs // groups, (group + 1) * outputs // groups)
+        w_OT = w_OCK[rows].reshape(-1, terms)
         part = view[:, group * depth : (group + 1) * depth].transpose(order)
         for start in range(0, samples, block):
-            rows = part[start : start + block].reshape(-1, terms) @ w_TO
-            here = rows.reshape(-1, *out, outputs // groups)
-            y[start : start + block, group * outputs // groups : (group + 1) * outputs // groups] = np.moveaxis(
-                here, -1, 1
-            )
-    return y
+            columns_NTS = part[start : start + block].reshape(-1, terms, places)
+            np.matmul(w_OT, columns_NTS, out=y[start : start + block, rows])
+    return y.reshape(samples, outputs, *out)
 
 
 def dilate_with_zeros(x_NCS: Array, strides: Sequence[int]) -> Array:

@@ -28,7 +28,7 @@ from lowprec.export.golden import Golden
 from lowprec.export.page import render_page
 from lowprec.export.parity import Check, Limits, ParityReport, Stage
 from lowprec.export.stages import Artefact, judged, run_batched, run_stages
-from lowprec.export.truth import choose_samples, collect_batches, golden_from_trace, with_floors
+from lowprec.export.truth import choose_samples, collect_batches, golden_from_trace
 from lowprec.formats import format_named
 from lowprec.report import ChangeReport
 
@@ -158,8 +158,7 @@ def _golden(
     else:
         batches = [example_inputs] if calibration is None else calibration
         feeds, labels = collect_batches(batches, traced.input_names)
-    golden = golden_from_trace(traced, feeds, labels)
-    return with_floors(golden, Float64Graph(model), plan.precisions)
+    return golden_from_trace(traced, Float64Graph(model), feeds, labels, plan.precisions)
 
 
 def _write_models(work: Path, models: dict[str, onnx.ModelProto], plan: _Plan) -> list[Artefact]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lowprec.data import Samples, load_data
 from lowprec.errors import DataError
-from lowprec.export.float64 import Float64Graph
+from lowprec.export.float64 import Float64Graph, check_feeds
 from lowprec.export.golden import MAX_SAMPLES, Golden
 from lowprec.export.onnx_files import load_onnx
 from lowprec.export.parity import noise_floor
@@ -31,33 +31,33 @@ def golden_from_onnx(path: Path, data: str | Samples, precisions: Collection[str
     samples = data if isinstance(data, Samples) else load_data(data)
     feeds, labels = choose_samples(samples, [spec.name for spec in graph.inputs])
     outputs = graph.run(feeds)
-    return with_floors(Golden(feeds, outputs, labels), graph, precisions)
+    return _with_floors(Golden(feeds, outputs, labels), graph, precisions)
 
 
-def golden_from_trace(traced: Traced, feeds: Arrays, labels: NDArray[np.int64] | None) -> Golden:
-    """Float64 outputs of the traced, unfolded network; the floors come later, from the emitted graph."""
+def golden_from_trace(
+    traced: Traced, graph: Float64Graph, feeds: Arrays, labels: NDArray[np.int64] | None, precisions: Collection[str]
+) -> Golden:
+    """Truth from the traced, unfolded network; floors from `graph`, the network as it is emitted.
+
+    Raises:
+        DataError: the feeds do not fit the network.
+    """
     import torch
 
+    feeds = check_feeds(graph.inputs, feeds)
     parts: list[Sequence[torch.Tensor]] = []
     total = len(next(iter(feeds.values())))
     with torch.no_grad():
         for start in range(0, total, _BATCH):
             batch = [torch.from_numpy(np.ascontiguousarray(feeds[n][start : start + _BATCH])) for n in traced.input_names]
-            made = traced.module(*[t.double() if t.is_floating_point() else t for t in batch])
-            parts.append(made if isinstance(made, tuple | list) else (made,))
+            parts.append(traced.module.run_flat(batch))
     columns = zip(*parts, strict=True)
     outputs = {n: torch.cat(list(c)).numpy() for n, c in zip(traced.output_names, columns, strict=True)}
-    return Golden(feeds, outputs, labels)
+    return _with_floors(Golden(feeds, outputs, labels), graph, precisions)
 
 
-def with_floors(
-    golden: Golden,
-    graph: Float64Graph,
-    precisions: Collection[str],
-    progress: Callable[[int, int], None] | None = None,
-) -> Golden:
-    """The same golden samples with the rounding-noise floor of each precision, measured on `graph`."""
-    floors = {p: noise_floor(graph, golden.inputs, format_named(p), progress=progress) for p in sorted(precisions)}
+def _with_floors(golden: Golden, graph: Float64Graph, precisions: Collection[str]) -> Golden:
+    floors = {p: noise_floor(graph, golden.inputs, format_named(p)) for p in sorted(precisions)}
     return Golden(golden.inputs, golden.outputs, golden.labels, floors)
 
 

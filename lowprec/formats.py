@@ -91,7 +91,7 @@ def spacing(x: ArrayLike, fmt: FloatFormat) -> NDArray[np.float64]:
     x64 = np.asarray(x, np.float64)
     exponent = np.frexp(x64)[1] - 1
     exponent = np.where(x64 == 0, fmt.min_exponent, np.maximum(exponent, fmt.min_exponent))
-    return np.ldexp(1.0, exponent - fmt.precision + 1)
+    return np.asarray(np.ldexp(1.0, exponent - fmt.precision + 1), np.float64)
 
 
 def round_to(x: ArrayLike, fmt: FloatFormat) -> NDArray[np.float64]:
@@ -106,7 +106,7 @@ def round_to(x: ArrayLike, fmt: FloatFormat) -> NDArray[np.float64]:
         step = spacing(x64, fmt)
         rounded = np.rint(x64 / step) * step
         rounded = np.where(np.abs(rounded) > fmt.max, np.copysign(np.inf, x64), rounded)
-    return np.where(np.isfinite(x64), rounded, x64)
+    return np.asarray(np.where(np.isfinite(x64), rounded, x64), np.float64)
 
 
 @dataclass(frozen=True)

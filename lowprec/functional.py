@@ -172,8 +172,8 @@ def centre_weight(weight: Tensor, groups: int = 1, transposed: bool = False) -> 
 def scale_weight(weight: Tensor, factor: Tensor) -> Tensor:
     """factor * weight for a scalar `factor` that may be wider than the weight; rounded once to the weight's dtype.
 
-    Written out because torch rounds a 0-d operand to the dtype of the other one first: a float32 factor would lose its
-    digits before the product.
+    Written out for the gradient: in `weight * factor` torch sums that of the factor over the weight in the weight's
+    dtype, and a half sum has three digits.
     """
     wide = accumulation_dtype(weight.dtype, factor.dtype)
     return cast(cast(factor, wide) * cast(weight, wide), weight.dtype)

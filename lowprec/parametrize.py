@@ -83,6 +83,8 @@ def register_bounded_weight_norm(module: nn.Module) -> Tensor:
     weight: Tensor = module.weight  # type: ignore[assignment]
     rho = initial_bound(weight.detach(), groups, transposed)
     parametrize.register_parametrization(module, "weight", BoundedWeightNorm(rho, groups, transposed))
+    assert isinstance(module.parametrizations, nn.ModuleDict)
+    module.parametrizations.train(module.training)  # torch registers them in training mode
     return rho
 
 

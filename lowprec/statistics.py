@@ -190,14 +190,15 @@ class HeldStatistics:
 
     def _swap_in(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kinds = running_statistics(module)
-        if kinds is None or not (module.training and module.track_running_stats) or module in self._swapped:
+        tracking = module.training and bool(getattr(module, "track_running_stats", True))
+        if kinds is None or not tracking or module in self._swapped:
             return
         names = [*kinds, *(["num_batches_tracked"] if _buffer(module, "num_batches_tracked") is not None else [])]
         real = {name: module._buffers[name] for name in names}
         self._swapped[module] = _Swapped(
             {name: buffer for name, buffer in real.items() if buffer is not None},
             getattr(module, "momentum", None),
-            _reduced_count(module, *args, *kwargs.values()),
+            _reduced_count(module, next(iter(real.values())), *args, *kwargs.values()),
         )
         for name, buffer in self._swapped[module].buffers.items():
             module._buffers[name] = torch.zeros_like(buffer)
@@ -220,17 +221,14 @@ def _set_momentum(module: Any, momentum: float | None) -> None:
     module.momentum = momentum
 
 
-def _channels(module: Any) -> int:
-    return max(int(module.num_features), 1)
-
-
 def _buffer(module: nn.Module, name: str) -> Tensor | None:
     return module._buffers.get(name)
 
 
-def _reduced_count(module: nn.Module, x: Tensor, *_: Any) -> int:
+def _reduced_count(module: nn.Module, buffer: Tensor | None, x: Tensor, *_: Any) -> int:
     """Elements per channel that one forward reduces, over all processes for a synchronised norm."""
-    count = x.numel() // _channels(module)
+    channels = 1 if buffer is None else max(buffer.numel(), 1)
+    count = x.numel() // channels
     if isinstance(module, nn.SyncBatchNorm) and torch.distributed.is_available() and torch.distributed.is_initialized():
         count *= torch.distributed.get_world_size(module.process_group)
     return count

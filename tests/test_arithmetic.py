@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import reference_half as reference
 import torch
 import torch.nn.functional as F
-import reference_half as reference
 from torch import Tensor, nn
 
 from lowprec.formats import FP16, FP32

@@ -128,7 +128,7 @@ def test_a_dry_run_prints_the_config_and_writes_nothing(folder, command):
         ("my_net:raises", ["RuntimeError: no weights here"]),
         ("my_net:returns_text", ["returned str"]),
         ("my_net:without_inputs", ["says nothing about its inputs"]),
-        ("my_net:branching", ["data-dependent"]),
+        ("my_net:branching", ["control flow depends on the values"]),
     ],
 )
 def test_a_model_that_cannot_be_exported(folder, command, model, words):
@@ -150,7 +150,7 @@ def test_export_refuses_unknown_words_and_an_occupied_folder(folder, command):
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"image": np.full((4, 1, 8, 8), np.nan, np.float32)}, ["NaN"]),
+        ({"image": np.full((4, 1, 8, 8), np.nan, np.float32)}, ["not finite"]),
         ({"image": np.zeros((4, 2, 8, 8), np.float32)}, ["2"]),
         ({"picture": np.zeros((4, 1, 8, 8), np.float32)}, ["image", "picture"]),
         ({"image": np.zeros((0, 1, 8, 8), np.float32)}, []),

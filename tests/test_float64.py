@@ -160,6 +160,8 @@ def test_dequantising_keeps_what_float32_would_lose():
     model = single("DequantizeLinear", {"x": x, "s": scale, "z": np.array(3, np.int8)}, ["y"])
     got = run(model, {"x": x, "s": scale, "z": np.array(3, np.int8)})
     np.testing.assert_array_equal(got, np.array([124, -131]) * (1 / 3))
+    large = {"x": np.array([2**24 + 1], np.int32), "s": np.array(1.0)}
+    assert run(single("DequantizeLinear", large, ["y"]), large) == 2**24 + 1
 
 
 FAST_OPERATORS_TESTED = {

@@ -400,6 +400,13 @@ def test_the_worst_stage_decides():
         assert report.passed == (expected in ("pass", "warn"))
 
 
+def test_verdicts_are_ordered_by_what_they_decide():
+    assert worst(["info", "pass", "warn", "inconclusive", "fail"]) == "fail"
+    assert worst(["pass", "warn", "inconclusive"]) == "inconclusive"
+    assert worst(["warn", "pass", "info"]) == "warn"
+    assert worst(["info"]) == worst([]) == "inconclusive"
+
+
 def test_a_failure_names_stage_check_and_figures():
     ParityReport((stage(checks=(GOOD,)),)).raise_if_failed()
     with pytest.raises(ParityError, match=r"stage 'fp16 on cpu', check 'rho:y' \(value inf, limit 6\): y: far off"):

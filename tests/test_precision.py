@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
@@ -433,7 +434,8 @@ def test_clipping_bounds_the_unscaled_gradient(mode: str) -> None:
     precision.prepare(model, optimizer)
     before = {name: master_of(p).detach().clone() for name, p in model.named_parameters()}
     train_step(precision, model, clip_norm=0.01)
-    moved = math.sqrt(sum((master_of(p) - before[n]).double().square().sum().item() for n, p in model.named_parameters()))
+    moves = [(master_of(param) - before[name]).double() for name, param in model.named_parameters()]
+    moved = math.sqrt(sum(move.square().sum().item() for move in moves))
     # each of ~1000 weights (|w| <= 1) is rounded once when the update is subtracted
     assert abs(moved - 0.01) <= math.sqrt(1000) * FP32.unit_roundoff + 1e-4 * 0.01
 
@@ -500,11 +502,30 @@ def test_a_block_that_raises_discards_its_statistics() -> None:
     model, precision = network(), Precision()
     precision.prepare(model, sgd(model))
     x, _ = batch()
-    with pytest.raises(KeyError), precision.forward():
-        model(x)
+    with contextlib.suppress(KeyError), precision.forward():
+        model(x * 100)
         raise KeyError
     train_step(precision, model)
+    alone, other = network(), Precision()
+    other.prepare(alone, sgd(alone))
+    train_step(other, alone)
+    assert torch.equal(model[1].running_var, alone[1].running_var)
     assert int(model[1].num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("mode", HALF_MODES)
+def test_a_loss_in_half_costs_one_step_and_holds_the_scale_down(mode: str) -> None:
+    """Its gradient is the scale, 2^16, which is infinite in half."""
+    model, precision = network(), Precision(mode)
+    precision.prepare(model, sgd(model))
+    x, y = batch()
+    landed = []
+    for _ in range(2):
+        with precision.forward():
+            loss = nn.functional.cross_entropy(model(x), y)
+        landed.append(precision.step(loss.half()))
+    assert landed == [False, True]
+    assert precision.scale == 2.0**15
 
 
 def test_fp32_does_not_hide_a_gradient_that_is_not_finite() -> None:
@@ -646,7 +667,7 @@ def test_the_scale_stops_at_its_floor_after_so_many_overflows() -> None:
 
 
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 4), st.integers(1, 3))
-def test_the_scale_is_a_power_of_two_between_floor_and_ceiling(landed: list[bool], interval: int, hysteresis: int) -> None:
+def test_the_scale_is_a_power_of_two_in_its_bounds(landed: list[bool], interval: int, hysteresis: int) -> None:
     policy = ScalePolicy(init_scale=4.0, growth_interval=interval, min_scale=1.0, max_scale=32.0, hysteresis=hysteresis)
     scale = LossScale.start(policy)
     for step in landed:

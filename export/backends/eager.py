@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lowprec.errors import UnsupportedError
 from lowprec.export.backends.base import Backend, Session
 from lowprec.export.float64 import TensorSpec
+from lowprec.packages import is_installed
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,11 @@ class EagerSession(Session):
                 tensor = tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
             tensors.append(tensor)
         with torch.no_grad():
-            return named_outputs(self._module(*tensors))
+            found = named_outputs(self._module(*tensors))
+        own = getattr(self._module, "output_names", None)
+        if isinstance(own, Sequence) and len(own) == len(found):
+            return dict(zip(map(str, own), found.values(), strict=True))
+        return found
 
 
 class Eager(Backend):
@@ -60,7 +65,7 @@ class Eager(Backend):
 
     def unavailable(self) -> str | None:
         """Why torch cannot be imported, or None."""
-        return None if importlib.util.find_spec("torch") else "torch is not installed; pip install torch"
+        return None if is_installed("torch") else "torch is not installed; pip install torch"
 
     def cannot_run(self) -> str | None:
         """None: the module is already where it runs."""
@@ -68,11 +73,8 @@ class Eager(Backend):
 
     def accepts(self, artefact: Any) -> bool:
         """An nn.Module."""
-        if self.unavailable():
-            return False
-        from torch import nn
-
-        return isinstance(artefact, nn.Module)
+        torch = sys.modules.get("torch")  # whoever holds a module has imported it, and verify must not
+        return torch is not None and isinstance(artefact, torch.nn.Module)
 
     def _open(self, artefact: nn.Module) -> Session:
         if artefact.training:

@@ -7,7 +7,6 @@ for models that hold half values the optimised graph is read to see what each pr
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -22,6 +21,7 @@ from lowprec.errors import MissingDependencyError, UnsupportedError
 from lowprec.export.backends.base import Backend, Session, narrowed, onnx_model
 from lowprec.export.float64 import specs_of
 from lowprec.export.onnx_files import first_line, graphs_of
+from lowprec.packages import is_installed
 
 # Operators whose sums decide the error of a network; Fused* are onnxruntime's own fusions of them.
 PRODUCT_OPS = frozenset({"Conv", "ConvTranspose", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"})
@@ -57,7 +57,7 @@ class OnnxRuntime(Backend):
 
     def unavailable(self) -> str | None:
         """Why onnxruntime cannot be imported, or None."""
-        if importlib.util.find_spec("onnxruntime") is None:
+        if not is_installed("onnxruntime"):
             return "onnxruntime is not installed; pip install lowprec[cpu]"
         return None
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import re
 import threading
 from collections import Counter
@@ -26,6 +25,7 @@ from lowprec.errors import ConfigError, MissingDependencyError, UnsupportedError
 from lowprec.export.backends.base import BuildOptions, EngineBackend, Session
 from lowprec.export.float64 import specs_of
 from lowprec.export.onnx_files import load_onnx
+from lowprec.packages import is_installed
 
 # What TensorRT-RTX 1.7 builds for unasked, spelled out so that the sidecar can say it: Ampere, Ada, Blackwell. Turing
 # (7.5) has to be asked for: it has no float32 matrix product there.
@@ -96,7 +96,7 @@ class TensorRTRTX(EngineBackend):
 
     def unavailable(self) -> str | None:
         """Why the package cannot be imported, or None."""
-        if importlib.util.find_spec("tensorrt_rtx") is None:
+        if not is_installed("tensorrt_rtx"):
             return "tensorrt-rtx is not installed; pip install lowprec[rtx]"
         return None
 
@@ -136,7 +136,6 @@ class TensorRTRTX(EngineBackend):
             "source": onnx_path.name,
             "source_sha256": sha256_of(onnx_path),
             "precision": options.precision,
-            "tf32": options.tf32,
             "profiles": [shapes],
             **found,
             "verification": NOT_RUN,
@@ -171,16 +170,31 @@ def _compile(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx_path)) or parser.num_errors or logger.errors:
-        said = [parser.get_error(index).desc() for index in range(parser.num_errors)] + logger.errors
-        raise UnsupportedError(f"TensorRT-RTX cannot read {onnx_path.name}: {said[0] if said else 'no reason given'}")
+        raise UnsupportedError(f"TensorRT-RTX cannot read {onnx_path.name}: {_complaint(parser, logger.errors)}")
     found = audit(_typed_layers(network), options)
     config = _configure(builder, profile, options)
     targets = _set_targets(config, options.compute_capabilities or DEFAULT_TARGETS)
     blob = builder.build_serialized_network(network, config)
     if blob is None or logger.errors:
-        said = logger.errors[:1] or ["no reason given"]
-        raise UnsupportedError(f"TensorRT-RTX cannot build {onnx_path.name}: {said[0]}")
-    return bytes(blob), {**found, "compute_capabilities": targets}
+        said = logger.errors[0] if logger.errors else "no reason given"
+        raise UnsupportedError(f"TensorRT-RTX cannot build {onnx_path.name}: {said}")
+    tf32 = bool(config.get_flag(trt.BuilderFlag.TF32))
+    return bytes(blob), {**found, "compute_capabilities": targets, "tf32": tf32}
+
+
+def _complaint(parser: Any, logged: list[str]) -> str:
+    """The parser's first error in one line, with the ONNX node it is about."""
+    import tensorrt_rtx as trt
+
+    if not parser.num_errors:
+        return logged[0] if logged else "no reason given"
+    error = parser.get_error(0)
+    node = f"node {error.node_name()!r} ({error.node_operator()})"
+    if error.code() == trt.ErrorCode.UNSUPPORTED_NODE:
+        return f"{node} is not supported"
+    # Without a driver every error trails one about the missing driver, which is not why parsing failed.
+    lines = [line for line in error.desc().splitlines() if line.strip() and "catchCudaError" not in line]
+    return f"{node}: {' '.join(lines) or 'no reason given'}"
 
 
 def _configure(builder: Any, profile: Mapping[str, tuple[tuple[int, ...], ...]], options: BuildOptions) -> Any:

@@ -75,7 +75,9 @@ def emit_onnx(
         with quiet_exporter(), torch.no_grad():
             program = torch.onnx.export(
                 network,
-                tuple(value.to(folded.dtype) if value.is_floating_point() else value for value in called.example_inputs),
+                tuple(
+                    value.to(folded.dtype) if value.is_floating_point() else value for value in called.example_inputs
+                ),
                 dynamo=True,
                 input_names=list(called.input_names),
                 output_names=list(called.output_names),

@@ -29,8 +29,8 @@ def round_tensor(tensor: onnx.TensorProto, fmt: FloatFormat, name: str) -> tuple
     if loss.overflow:
         largest = float(np.abs(values[np.isfinite(values)]).max())
         raise UnsupportedError(
-            f"constant '{tensor.name}' does not fit in {fmt.name}: {loss.overflow} of {values.size} values overflow, the "
-            f"largest is {largest:.4g} and {fmt.name} ends at {fmt.max:.4g}; keep the nodes that read it wide"
+            f"constant '{tensor.name}' does not fit in {fmt.name}: {loss.overflow} of {values.size} values overflow, "
+            f"the largest is {largest:.4g} and {fmt.name} ends at {fmt.max:.4g}; keep the nodes that read it wide"
         )
     rounded = round_to(values, fmt)
     if fmt is FP16:

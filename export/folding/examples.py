@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 from lowprec.errors import UnsupportedError
 
 BATCH = "batch"
+# The trace and the fold's own check need no more samples; a whole data set as the example would be run several times.
+_MAX_SAMPLES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +114,8 @@ def _with_batch_axis(args: tuple[Any, ...], tensors: list[Tensor]) -> Examples:
         return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == lead
 
     shapes = pytree.tree_map(lambda value: {0: batch} if has_batch(value) else None, args)
-    return Examples(pytree.tree_map(lambda value: _repeat(value, [0]) if has_batch(value) else value, args), shapes)
+    few = pytree.tree_map(lambda value: _repeat(value[:_MAX_SAMPLES], [0]) if has_batch(value) else value, args)
+    return Examples(few, shapes)
 
 
 def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:

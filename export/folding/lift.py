@@ -43,14 +43,14 @@ def lift_program(
         norms: norm layers by module path, kept with the program.
 
     Raises:
-        FoldError: an autocast region or another opaque region, a random operation, or an in-place operation that
+        FoldError: an autocast region or another hidden one, a random operation, or an in-place operation that
             cannot be renamed away.
     """
     program = _program_from_export(exported, wide)
     program.norms = norms
     changed = functionalise(program)
     for node in program.calls():
-        _refuse_opaque(node)
+        _refuse_random(node)
         _drop_statistics_update(node)
     for node in program.calls():
         _widen_types(node)
@@ -94,7 +94,7 @@ def _program_from_export(exported: torch.export.ExportedProgram, wide: Mapping[s
             copies[node] = graph.node_copy(node, lambda value: _copied(copies, value))
             copies[node].meta = {"val": node.meta.get("val"), **_origin(node)}
         elif node.op == "get_attr":
-            raise FoldError(_opaque_region(next(iter(node.users))))
+            raise FoldError(_opaque_region(exported, node))
     returned = [
         _result(spec.arg, copies, exported) for spec in signature.output_specs if spec.kind is OutputKind.USER_OUTPUT
     ]
@@ -139,11 +139,9 @@ def _is_assertion(node: fx.Node) -> bool:
     return name.startswith(("_assert", "sym_constrain"))
 
 
-def _refuse_opaque(node: fx.Node) -> None:
-    """Regions that hide operations, and operations that draw random numbers."""
+def _refuse_random(node: fx.Node) -> None:
+    """Operations that draw random numbers."""
     where = place(node)
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        raise FoldError(_opaque_region(node))
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()) or not _draws(node):
         return
     if node.target.overloadpacket in _DROPOUTS:  # type: ignore[union-attr]
@@ -163,9 +161,12 @@ def _draws(node: fx.Node) -> bool:
     return True
 
 
-def _opaque_region(node: fx.Node) -> str:
-    where = place(node)
-    name = operator_name(node)
+def _opaque_region(exported: torch.export.ExportedProgram, region: fx.Node) -> str:
+    """Why a region that torch.export keeps as a graph of its own cannot be folded; its first operation says where."""
+    inner = exported.graph_module.get_submodule(str(region.target))
+    origins = [_origin(node)[PATH] for node in inner.graph.nodes if node.op == "call_function"]
+    where = f"'{origins[0]}'" if origins and origins[0] else "the network's own forward"
+    name = operator_name(next(iter(region.users)))
     if "autocast" in name:
         return f"{where} runs under torch.autocast, which hides its operations; take the autocast region out of forward"
     return f"{where} uses {name}, a region whose operations are hidden; write it without"

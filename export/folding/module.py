@@ -34,7 +34,6 @@ class FoldedModule(nn.Module):
         output_names: `output`, or `output_0`, `output_1`, ...
         dynamic_shapes: per input, the name of each axis whose length is free (`{0: "batch"}`).
         example_inputs: the tensors it was traced with, in the order of `input_names`.
-        module_paths: for each operation of `network`, the module path in the original network.
     """
 
     def __init__(self, program: Program, interface: Interface, dtype: torch.dtype) -> None:
@@ -48,10 +47,14 @@ class FoldedModule(nn.Module):
         )
         self._interface = interface
         self.network = _graph_module(program, dtype)
-        self.module_paths = {
-            node.name: str(node.meta.get(PATH, "")) for node in self.network.graph.nodes if node.op == "call_function"
-        }
+        # In order and not by name: a loaded fx graph has other node names.
+        self._paths = tuple(str(node.meta.get(PATH, "")) for node in _calls(self.network))
         super().train(False)
+
+    @property
+    def module_paths(self) -> dict[str, str]:
+        """For each operation of `network`, the module path in the original network, empty for its own forward."""
+        return {node.name: path for node, path in zip(_calls(self.network), self._paths, strict=True)}
 
     def forward(self, *args: Any) -> Any:
         """What the original network returns for these arguments, in the same structure."""
@@ -77,6 +80,10 @@ def _refuse_training() -> NoReturn:
         "a folded network cannot be put in training mode, its norms are part of its weights; "
         "train the original network and fold it again"
     )
+
+
+def _calls(network: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in network.graph.nodes if node.op == "call_function"]
 
 
 def _graph_module(program: Program, dtype: torch.dtype) -> fx.GraphModule:

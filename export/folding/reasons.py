@@ -31,6 +31,14 @@ def reason_from_failure(error: BaseException, network: nn.Module) -> str:
     if limits:
         advice = ", ".join(line.strip() for line in limits[1].splitlines())
         return f"{where} cannot be traced for every length of its free axes; give dynamic_shapes with {advice}"
+    unmet = re.search(r"Not all values of (\w+) = (\S+) .*satisfy the generated guard (.+)", text)
+    if unmet:
+        axis, expression, guard = unmet.groups()
+        needs = guard.rstrip(".").replace(expression, axis)
+        return (
+            f"{where} cannot be traced for every length of the axis '{axis}': it needs {needs}; "
+            f"give dynamic_shapes with narrower limits"
+        )
     if re.search(r"data-dependent|GuardOnDataDependent", text):
         return (
             f"{where} cannot be traced: its control flow depends on the values of a tensor; "

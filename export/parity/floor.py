@@ -199,24 +199,39 @@ def noise_floor(
     if draws < 2:
         raise ConfigError(f"asked for a noise floor from {draws} draws; it takes at least 2")
     blocks = list(_blocks(graph, feeds, batch))
+    total = len(blocks) * (draws + 1)
     parts: list[dict[str, NDArray[np.float64]]] = []
     for index, (start, block) in enumerate(blocks):
         exact = graph.run(block)
-        sums = {name: np.zeros(value.shape) for name, value in exact.items()}
-        counts = {name: np.zeros(value.shape) for name, value in exact.items()}
+        squares = _Squares(exact)
         for draw in range(draws):
             if progress:
-                progress(index * (draws + 1) + draw + 1, len(blocks) * (draws + 1))
-            for name, value in graph.run(block, _Draw(storage, accumulator, seed, draw, start)).items():
-                off = deviation(exact[name], value)
-                finite = np.isfinite(off)
-                sums[name] += np.square(np.where(finite, off, 0.0))
-                counts[name] += finite
-        parts.append({name: np.sqrt(sums[name] / np.maximum(counts[name], 1)) for name in sums})
+                progress(index * (draws + 1) + draw + 1, total)
+            squares.add(graph.run(block, _Draw(storage, accumulator, seed, draw, start)))
+        parts.append(squares.rms())
     if progress:
-        progress(len(blocks) * (draws + 1), len(blocks) * (draws + 1))
+        progress(total, total)
     found = parts[0] if len(parts) == 1 else {n: np.concatenate([part[n] for part in parts]) for n in parts[0]}
     return Floor(storage.name, accumulator.name, draws, seed, found)
+
+
+class _Squares:
+    """Running sums of squared deviations from the unperturbed outputs, over the draws in which they are finite."""
+
+    def __init__(self, exact: dict[str, Array]) -> None:
+        self._exact = exact
+        self._sums = {name: np.zeros(value.shape) for name, value in exact.items()}
+        self._counts = {name: np.zeros(value.shape) for name, value in exact.items()}
+
+    def add(self, drawn: dict[str, Array]) -> None:
+        for name, value in drawn.items():
+            off = deviation(self._exact[name], value)
+            finite = np.isfinite(off)
+            self._sums[name] += np.square(np.where(finite, off, 0.0))
+            self._counts[name] += finite
+
+    def rms(self) -> dict[str, NDArray[np.float64]]:
+        return {name: np.sqrt(self._sums[name] / np.maximum(self._counts[name], 1)) for name in self._sums}
 
 
 def _blocks(graph: Float64Graph, feeds: Mapping[str, Array], batch: int) -> Iterator[tuple[int, Mapping[str, Array]]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from lowprec.cli.inspect_command import bits_text
 from lowprec.cli.terminal import print_table, progress, say
 
 _BATCH = 64
@@ -19,7 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates, writes the file if asked, prints the tightest tensors."""
-    from lowprec.artifacts import write_json
     from lowprec.calibration import calibrate
     from lowprec.data import load_data
     from lowprec.errors import ConfigError
@@ -32,14 +31,11 @@ def run(args: argparse.Namespace) -> int:
     samples = load_data(data)
     with progress("calibrate") as report_progress:
         result = calibrate(source.module, source.batches(samples, _BATCH), progress=report_progress)
-    content = result.to_dict()
     if args.output:
-        write_json(Path(args.output), content)
-    tensors = sorted(content["tensors"].items(), key=lambda item: -item[1]["absmax"])
-    rows = [
-        (name, f"{record['absmax']:.4g}", "-" if record["headroom_bits"] is None else f"{record['headroom_bits']:.1f}")
-        for name, record in tensors[:10]
-    ]
-    print_table(("tensor", "absmax", "headroom in bits"), rows, "the ten largest")
-    say(f"{len(tensors)} tensors on {len(samples)} samples of {data}" + (f": {args.output}" if args.output else ""))
+        result.save(args.output)
+    largest = sorted(result.outputs.items(), key=lambda item: -item[1]["absmax"])[:10]
+    rows = [(name, f"{found['absmax']:.4g}", bits_text(found["fp16_headroom_bits"])) for name, found in largest]
+    print_table(("output of", "absmax", "headroom in bits"), rows, "the ten largest outputs")
+    where = f": {args.output}" if args.output else ""
+    say(f"{len(result.outputs)} layers on {result.data['samples']} samples of {data}{where}")
     return 0

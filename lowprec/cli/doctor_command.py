@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from importlib.util import find_spec
 from typing import Any
 
 import lowprec
 from lowprec.cli.terminal import print_json, print_table, say
+from lowprec.packages import installed_versions, is_installed
 
 _OPTIONAL = {
     "torch": "training, calibration, export",
@@ -62,19 +62,16 @@ def examine() -> dict[str, Any]:
 
 
 def _version(module: str) -> str | None:
-    if find_spec(module) is None:
+    if not is_installed(module):
         return None
     from importlib import metadata
 
     distributions = metadata.packages_distributions().get(module, [module])
-    try:
-        return metadata.version(distributions[0])
-    except metadata.PackageNotFoundError:
-        return "unknown version"
+    return installed_versions(distributions).get(distributions[0], "unknown version")
 
 
 def _devices() -> str:
-    if find_spec("torch") is None:
+    if not is_installed("torch"):
         return "torch is not installed, so none were looked for"
     import torch
 
@@ -84,7 +81,7 @@ def _devices() -> str:
 
 
 def _backends() -> dict[str, dict[str, Any]]:
-    if find_spec("onnx") is None or find_spec("numpy") is None:
+    if not is_installed("onnx") or not is_installed("numpy"):
         return {}
     from lowprec.export.backends import BACKENDS
 

@@ -81,17 +81,17 @@ def _bundle(path: Path) -> dict[str, Any]:
 
 
 def _headroom(calibration: dict[str, Any]) -> list[dict[str, Any]]:
-    """Activation ranges by module, the tightest first."""
-    tensors = calibration["tensors"]
-    rows = [
-        {
-            "tensor": name,
-            "absmax": f"{record['absmax']:.4g}",
-            "headroom in bits": "unbounded" if record["headroom_bits"] is None else f"{record['headroom_bits']:.1f}",
-        }
-        for name, record in sorted(tensors.items(), key=lambda item: -item[1]["absmax"])
+    """Ranges of inputs, layer outputs and weights, the largest first."""
+    ranges = {f"{kind} {name}": r for kind in ("inputs", "outputs", "weights") for name, r in calibration[kind].items()}
+    return [
+        {"tensor": name, "absmax": f"{found['absmax']:.4g}", "headroom in bits": bits_text(found["fp16_headroom_bits"])}
+        for name, found in sorted(ranges.items(), key=lambda item: -item[1]["absmax"])
     ]
-    return rows
+
+
+def bits_text(bits: float | None) -> str:
+    """Headroom for people; a tensor of zeros has no bound."""
+    return "unbounded" if bits is None else f"{bits:.1f}"
 
 
 def _run(path: Path) -> dict[str, Any]:

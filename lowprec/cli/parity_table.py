@@ -10,7 +10,7 @@ from lowprec.cli.terminal import print_json, print_table, say
 if TYPE_CHECKING:
     from lowprec.export.parity import Limits, ParityReport, Stage
 
-_COLUMNS = {"rms error": "rms", "rho": "rho", "top-1 agreement": "agreement"}
+_COLUMNS = {"error": "rms", "rho": "rho", "top-1 agreement": "agreement"}
 _STATUS = {"fail": 1, "inconclusive": 3}
 
 
@@ -60,7 +60,8 @@ def _row(stage: Stage) -> tuple[str, ...]:
 
 def _figure(stage: Stage, metric: str) -> str:
     """The worst value of a metric over the outputs of a stage."""
-    found = [c.value for c in stage.checks if c.name.partition(":")[0] == metric and c.value is not None]
+    names = ("rms", "float64_error") if metric == "rms" else (metric,)
+    found = [c.value for c in stage.checks if c.name.partition(":")[0] in names and c.value is not None]
     if not found:
         return "-"
     return f"{min(found):.2%}" if metric == "agreement" else f"{max(found):.3g}"

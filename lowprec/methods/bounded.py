@@ -21,6 +21,8 @@ from lowprec.report import ChangeReport
 def convert_bounded_weight_norm(model: nn.Module, report: ChangeReport, *, skip: Sequence[str] = ()) -> nn.Module:
     """Parametrises the weight of every linear and conv layer by `lowprec.parametrize.BoundedWeightNorm`.
 
+    A bounded classifier has bounded logits, so its loss has a floor; name it in `skip` to let it grow.
+
     Args:
         model: a private copy.
         report: gets a row per layer.

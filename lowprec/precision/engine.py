@@ -138,15 +138,20 @@ class Precision:
                 raise
 
     def backward(self, loss: Tensor) -> None:
-        """Backward of the scaled loss; gradients add up in float32, still scaled, until `step`."""
+        """Backward of the scaled loss; gradients add up in float32, still scaled, until `step`.
+
+        A loss that is itself half holds the scale to 2^15, because the scale is its gradient; compute it from the
+        model's output, which is float32.
+
+        Raises:
+            UnsupportedError: the loss is not one number that depends on parameters.
+        """
         bound = self._prepared()
         if loss.numel() != 1 or not loss.requires_grad:
             raise UnsupportedError(
                 f"the loss has shape {tuple(loss.shape)} and requires_grad={loss.requires_grad}; give one number that "
                 "depends on the parameters"
             )
-        if loss.dtype in (torch.float16, torch.bfloat16):
-            loss = loss.float()  # the first gradient is the scale, which a half cannot hold
         if bound.hooks is None:
             torch.autograd.backward(loss)
             return

@@ -11,6 +11,7 @@ gradient of a scaled loss is the scale itself, 2^16, which a half cannot hold.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import torch
@@ -77,9 +78,8 @@ class HalfHooks:
 
 def device_of(module: nn.Module, inputs: Any = ()) -> torch.device:
     """The device of the first parameter or buffer, else of the first input, else the CPU."""
-    for tensor in (*module.parameters(), *module.buffers(), *tensors_in(inputs)):
-        return tensor.device
-    return torch.device("cpu")
+    tensor = next(chain(module.parameters(), module.buffers(), tensors_in(inputs)), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def without_half_hooks(model: nn.Module) -> nn.Module:

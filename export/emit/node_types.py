@@ -8,7 +8,7 @@ between them are not rounded in passing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx
@@ -19,17 +19,20 @@ from lowprec.errors import UnsupportedError
 
 Keep = Callable[[onnx.NodeProto], bool]
 
-# They hand values on without arithmetic, so their type is that of the first input.
+# They hand values on without arithmetic, so their type is that of the first float input.
 MOVEMENTS = frozenset(
-    "Concat DepthToSpace Expand Flatten Gather GatherElements GatherND Identity Reshape Slice SpaceToDepth Split "
-    "Squeeze Tile Transpose Unsqueeze".split()
+    {"Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape"}
+    | {"Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "TopK", "Transpose", "Unsqueeze"}
 )
 # Their result's type is an attribute whose change would change what they compute or draw.
 _TYPED_BY_ATTRIBUTE = frozenset(
-    "Bernoulli EyeLike Multinomial QuantizeLinear DequantizeLinear RandomNormal RandomNormalLike RandomUniform "
-    "RandomUniformLike".split()
+    {"Bernoulli", "EyeLike", "Multinomial", "QuantizeLinear", "DequantizeLinear"}
+    | {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
 _GRAPH_ATTRIBUTES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+# By the format's name: the element type in a graph, and the type as operator schemas spell it.
+ELEMENT_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+SCHEMA_TYPES = {"fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}
 
 
 @dataclass
@@ -39,12 +42,12 @@ class Typing:
     Args:
         inputs: for each node, by position, whether each float input is taken as narrow; None for other inputs.
         outputs: likewise for the outputs.
-        wide: why each node with float tensors stays wide.
+        wide: why a node with float tensors stays wide, by its position.
     """
 
     inputs: list[list[bool | None]] = field(default_factory=list)
     outputs: list[list[bool | None]] = field(default_factory=list)
-    wide: dict[str, str] = field(default_factory=dict)
+    wide: dict[int, str] = field(default_factory=dict)
 
 
 def type_nodes(model: onnx.ModelProto, is_float: Mapping[str, bool], narrow: str, keep: Keep | None) -> Typing:
@@ -62,25 +65,48 @@ def type_nodes(model: onnx.ModelProto, is_float: Mapping[str, bool], narrow: str
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     typing = Typing()
     narrow_values = {value.name: True for value in model.graph.input}
-    for node in model.graph.node:
-        if any(attribute.type in _GRAPH_ATTRIBUTES for attribute in node.attribute):
-            raise UnsupportedError(
-                f"node '{node.name}' ({node.op_type}) holds a graph of its own, which is not rounded to a narrower "
-                f"type; export the network without control flow"
-            )
+    for position, node in enumerate(model.graph.node):
+        _refuse_inner_graphs(node)
         schema = _schema(node, opsets)
-        reason = _reason(node, schema, narrow, keep)
-        follows = node.op_type in MOVEMENTS and reason is None and is_float.get(node.input[0], False)
-        if follows and narrow_values.get(node.input[0]) is False:
-            reason = f"moves the values of '{node.input[0]}', which is wide"
+        reason = _reason(node, schema, narrow, keep) or _unknown_input(node, is_float)
+        first = next((name for name in node.input if is_float.get(name)), "")
+        if reason is None and narrow_values.get(first) is False and _follows(node, is_float):
+            reason = f"computes nothing from '{first}', which is wide"
         inputs = _allowed(node.input, schema.inputs if schema else (), is_float, narrow, reason is None)
         outputs = _allowed(node.output, schema.outputs if schema else (), is_float, narrow, reason is None)
-        narrow_values.update({name: value for name, value in zip(node.output, outputs, strict=True) if value is not None})
+        narrow_values.update(
+            (name, value) for name, value in zip(node.output, outputs, strict=True) if value is not None
+        )
         typing.inputs.append(inputs)
         typing.outputs.append(outputs)
         if reason is not None and any(value is not None for value in (*inputs, *outputs)):
-            typing.wide[node.name] = reason
+            typing.wide[position] = reason
     return typing
+
+
+def _refuse_inner_graphs(node: onnx.NodeProto) -> None:
+    if any(attribute.type in _GRAPH_ATTRIBUTES for attribute in node.attribute):
+        raise UnsupportedError(
+            f"node '{node.name}' ({node.op_type}) holds a graph of its own, which is not rounded to a narrower type; "
+            f"export the network without control flow"
+        )
+
+
+def _follows(node: onnx.NodeProto, is_float: Mapping[str, bool]) -> bool:
+    """Whether a node does no float arithmetic: it moves values, or makes decisions or integers of them."""
+    makes_floats = any(is_float.get(name) for name in node.output)
+    return node.op_type in MOVEMENTS or not makes_floats or is_idle_cast(node, is_float)
+
+
+def is_idle_cast(node: onnx.NodeProto, is_float: Mapping[str, bool]) -> bool:
+    """Whether a node casts float32 to float32."""
+    return node.op_type == "Cast" and bool(is_float.get(node.input[0]) and is_float.get(node.output[0]))
+
+
+def _unknown_input(node: onnx.NodeProto, is_float: Mapping[str, bool]) -> str | None:
+    """A reason to stay wide where it is not known whether an input is a float."""
+    unknown = [name for name in node.input if name and name not in is_float]
+    return f"the type of its input '{unknown[0]}' is not known" if unknown else None
 
 
 def _schema(node: onnx.NodeProto, opsets: Mapping[str, int]) -> OpSchema | None:
@@ -107,21 +133,17 @@ def _reason(node: onnx.NodeProto, schema: OpSchema | None, narrow: str, keep: Ke
 
 
 def _allowed(
-    names: object, formals: object, is_float: Mapping[str, bool], narrow: str, wanted: bool
+    names: Sequence[str],
+    formals: Sequence[OpSchema.FormalParameter],
+    is_float: Mapping[str, bool],
+    narrow: str,
+    wanted: bool,
 ) -> list[bool | None]:
-    """For each tensor: None unless it is float32, else whether it becomes narrow."""
-    formal_list = list(formals)  # type: ignore[call-overload]
+    """For each tensor: None unless it is float32, else whether it becomes narrow. The last formal may be variadic."""
     result: list[bool | None] = []
-    for index, name in enumerate(names):  # type: ignore[call-overload]
-        if not name or not is_float.get(name, False):
+    for index, name in enumerate(names):
+        if not is_float.get(name):
             result.append(None)
-        elif not wanted or not formal_list:
-            result.append(False)
         else:
-            formal = formal_list[min(index, len(formal_list) - 1)]
-            result.append(narrow in formal.types)
+            result.append(wanted and bool(formals) and narrow in formals[min(index, len(formals) - 1)].types)
     return result
-
-
-ELEMENT_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-SCHEMA_TYPES = {"fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}

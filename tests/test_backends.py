@@ -1,0 +1,361 @@
+import hashlib
+import importlib.util
+import json
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from reference_parity import cnn, digits, graph_of, half_typed, trained_weights
+
+from lowprec.errors import ArtifactError, ConfigError, DataError, MissingDependencyError, UnsupportedError
+from lowprec.export.backends import BACKENDS, BuildOptions, EngineBackend, backend_named, ort
+from lowprec.export.backends.eager import forward_names, named_outputs
+from lowprec.export.backends.rtx import COMPUTE_LAYERS, TensorRTRTX, TypedLayer, audit
+from lowprec.export.float64 import Float64Graph, TensorSpec
+from lowprec.export.parity import judge, noise_floor, worst
+from lowprec.formats import FP32
+
+torch = pytest.importorskip("torch")
+needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return trained_weights(width=8)
+
+
+@pytest.fixture(scope="module")
+def files(weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    onnx.save(cnn(weights), folder / "fp32.onnx")
+    onnx.save(half_typed(cnn(weights)), folder / "fp16.onnx")
+    return folder
+
+
+class Twin(torch.nn.Module):
+    """The network of `cnn` in torch."""
+
+    def __init__(self, weights):
+        super().__init__()
+        width = len(weights["b1"])
+        self.conv1, self.conv2 = torch.nn.Conv2d(1, width, 3, padding=1), torch.nn.Conv2d(width, width, 3, padding=1)
+        self.linear = torch.nn.Linear(4 * width, 10)
+        for layer, index in ((self.conv1, 1), (self.conv2, 2), (self.linear, 3)):
+            layer.weight.data.copy_(torch.from_numpy(weights[f"w{index}"]))
+            layer.bias.data.copy_(torch.from_numpy(weights[f"b{index}"]))
+
+    def forward(self, x):
+        r = self.conv1(x).relu()
+        s = (self.conv2(r) + r).relu()
+        return self.linear(torch.nn.functional.avg_pool2d(s, 4).flatten(1))
+
+
+# --- the contract: every backend ------------------------------------------------------------------------------------
+# What each backend is opened on; None where nothing can be run without a device.
+ARTEFACTS = {
+    "torch": lambda files, weights: Twin(weights).eval(),
+    "reference": lambda files, weights: files / "fp32.onnx",
+    "onnxruntime": lambda files, weights: str(files / "fp32.onnx"),
+    "tensorrt-rtx": None,
+}
+
+
+def test_every_backend_has_its_case():
+    assert set(ARTEFACTS) == set(BACKENDS)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backends_describe_themselves(name):
+    backend = BACKENDS[name]
+    assert backend.name == name
+    assert backend.summary
+    assert all(suffix.startswith(".") for suffix in backend.suffixes)
+    for answer in (backend.unavailable(), backend.cannot_run()):
+        assert answer is None or (answer and "\n" not in answer)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backends_refuse_other_kinds_of_artefact(name, tmp_path):
+    for artefact in (tmp_path / "notes.txt", 3.5):
+        assert not BACKENDS[name].accepts(artefact)
+        with pytest.raises(ArtifactError, match=f"backend '{name}' cannot open"):
+            BACKENDS[name].open(artefact)
+
+
+@pytest.fixture(params=[name for name, make in ARTEFACTS.items() if make])
+def session(request, files, weights):
+    backend = BACKENDS[request.param]
+    reason = backend.unavailable() or backend.cannot_run()
+    if reason:
+        pytest.skip(reason)
+    return backend.open(ARTEFACTS[request.param](files, weights))
+
+
+def test_backends_agree_with_the_truth_to_their_rounding(session, weights):
+    feeds = {"x": digits()[0][:64]}
+    graph = Float64Graph(cnn(weights))
+    outputs = session.run(feeds)
+    assert all(isinstance(value, np.ndarray) for value in outputs.values())
+    checks = judge(graph.run(feeds), outputs, noise_floor(graph, feeds, FP32))
+    assert worst([check.verdict for check in checks]) == "pass"
+
+
+def test_backends_say_what_they_take_and_how_they_compute(session):
+    assert [spec.name for spec in session.inputs] == ["x"]
+    assert session.inputs[0].dtype == "float32"
+    assert session.arithmetic
+
+
+def test_backends_refuse_feeds_that_do_not_fit(session):
+    with pytest.raises(DataError, match="missing: x"):
+        session.run({})
+    with pytest.raises(DataError, match="unknown: z"):
+        session.run({"x": np.zeros((1, 1, 8, 8)), "z": np.zeros(1)})
+
+
+def test_backends_take_floats_of_any_width(session):
+    images = digits()[0][:3]
+    narrow, wide = (next(iter(session.run({"x": x}).values())) for x in (images, images.astype(np.float64)))
+    np.testing.assert_array_equal(narrow, wide)
+
+
+@pytest.mark.parametrize("name", ["reference", "onnxruntime"])
+def test_missing_and_damaged_files_are_one_line(name, tmp_path):
+    with pytest.raises(ArtifactError, match="there is no such file"):
+        BACKENDS[name].open(tmp_path / "none.onnx")
+    (tmp_path / "bad.onnx").write_bytes(b"not a model")
+    with pytest.raises(ArtifactError, match=r"not an ONNX model|no ONNX graph"):
+        BACKENDS[name].open(tmp_path / "bad.onnx")
+
+
+def test_an_unknown_backend_lists_the_valid_ones_and_the_nearest():
+    with pytest.raises(ConfigError, match=r"did you mean 'onnxruntime'. choose one of torch, reference, onnxruntime"):
+        backend_named("onnxruntim")
+    assert backend_named("reference") is BACKENDS["reference"]
+
+
+# --- onnxruntime ----------------------------------------------------------------------------------------------------
+def test_half_files_are_found_out_to_compute_in_single_precision(files):
+    session = BACKENDS["onnxruntime"].open(files / "fp16.onnx")
+    assert session.arithmetic == (
+        "float16 storage, float32 arithmetic between casts, on the CPU (products: 3 in float)"
+    )
+
+
+def test_types_of_products_are_read_and_not_assumed():
+    nodes = [
+        helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["r", "r"], ["m"]),
+        helper.make_node("Cast", ["m"], ["w"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["w", "w"], ["y"]),
+    ]
+    model = graph_of(nodes, {"x": [2, 2]}, {"y": [2, 2]})
+    computed = ort.product_types(model)
+    assert computed == {"float16": 1, "float": 1}
+    assert ort.half_types(model) == {"float16"}
+    text = ort.describe({"float16"}, computed)
+    assert text == "float16 storage on the CPU (products: 1 in float, 1 in float16)"
+    assert "no convolution" in ort.describe({"bfloat16"}, ort.product_types(graph_of([], {}, {})))
+    assert ort.half_types(graph_of([], {}, {})) == set()
+
+
+def test_a_silent_fallback_is_a_failure():
+    ort.check_providers("CPUExecutionProvider", ["CPUExecutionProvider"])
+    with pytest.raises(MissingDependencyError, match="asked onnxruntime for CUDAExecutionProvider, found CPU"):
+        ort.check_providers("CUDAExecutionProvider", ["CPUExecutionProvider"])
+
+
+def test_what_onnxruntime_cannot_load_or_run_is_one_line():
+    bad = graph_of([helper.make_node("Magic", ["x"], ["y"], domain="nowhere")], {"x": [2]}, {"y": [2]})
+    bad.opset_import.append(helper.make_opsetid("nowhere", 1))
+    with pytest.raises(UnsupportedError, match="onnxruntime cannot load this model") as caught:
+        BACKENDS["onnxruntime"].open(bad)
+    assert "\n" not in str(caught.value)
+    shape = helper.make_node("Reshape", ["x", "s"], ["y"])
+    model = graph_of([shape], {"x": ["n", 2]}, {"y": [3, 2]}, {"s": np.array([3, 2])})
+    with pytest.raises(UnsupportedError, match="cannot run this model on this batch"):
+        BACKENDS["onnxruntime"].open(model).run({"x": np.zeros((2, 2))})
+
+
+# --- torch ----------------------------------------------------------------------------------------------------------
+def test_a_module_in_training_mode_is_refused(weights):
+    with pytest.raises(UnsupportedError, match=r"training mode.*model\.eval\(\)"):
+        BACKENDS["torch"].open(Twin(weights))
+
+
+def test_outputs_bear_the_names_of_an_export():
+    a, b = torch.ones(2), torch.zeros(2)
+    assert list(named_outputs(a)) == ["output"]
+    assert list(named_outputs((a,))) == ["output"]
+    assert list(named_outputs([a, b])) == ["output_0", "output_1"]
+    assert list(named_outputs({"left": a, "right": b})) == ["left", "right"]
+    assert named_outputs(a.bfloat16())["output"].dtype == np.float32
+    with pytest.raises(UnsupportedError, match="output_1 is a str; only tensors"):
+        named_outputs((a, "b"))
+
+
+def test_inputs_bear_the_names_of_forward():
+    class Two(torch.nn.Module):
+        def forward(self, image, other, scale=1.0, *rest, flag=None, **more):
+            return image * scale, other
+
+    assert forward_names(Two()) == ["image", "other"]
+    named = Two()
+    named.input_names = ("a", "b")
+    assert forward_names(named) == ["a", "b"]
+    outputs = BACKENDS["torch"].open(Two().eval()).run({"other": np.array([2]), "image": np.array([1.0])})
+    assert outputs["output_0"] == 1.0
+    assert outputs["output_1"].dtype == np.int64
+
+
+def test_a_module_that_knows_its_output_names_is_believed():
+    class Named(torch.nn.Module):
+        output_names = ("left", "right")
+
+        def forward(self, x):
+            return x, -x
+
+    assert list(BACKENDS["torch"].open(Named().eval()).run({"x": np.ones(2)})) == ["left", "right"]
+
+
+def test_modules_run_in_their_own_type(weights):
+    module = Twin(weights).double().eval()
+    images = digits()[0][:8]
+    session = BACKENDS["torch"].open(module)
+    assert "float64" in session.arithmetic
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    got = session.run({"x": images})["output"]
+    assert got.dtype == np.float64
+    truth = Float64Graph(cnn(weights)).run({"x": images})["scores"]
+    # Scores of order 1 from sums of at most 72 terms, 4 layers deep: some hundreds of float64 roundings.
+    np.testing.assert_allclose(got, truth, rtol=0, atol=1000 * 2.0**-53)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+# --- TensorRT-RTX ---------------------------------------------------------------------------------------------------
+RTX = TensorRTRTX()
+
+
+@needs_rtx
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_engines_are_built_here_the_same_twice(files, tmp_path, precision):
+    options = BuildOptions(precision=precision, batch=(1, 4, 8))
+    paths = [tmp_path / name for name in ("a.rtx.engine", "b.rtx.engine")]
+    sidecars = [RTX.build(files / f"{precision}.onnx", path, options) for path in paths]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    sidecar = json.loads(json.dumps(sidecars[0]))
+    assert sidecar["sha256"] == hashlib.sha256(paths[0].read_bytes()).hexdigest()
+    assert sidecar["source"] == f"{precision}.onnx"
+    assert sidecar["source_sha256"] == hashlib.sha256((files / f"{precision}.onnx").read_bytes()).hexdigest()
+    assert sidecar["profiles"] == [{"x": {"min": [1, 1, 8, 8], "opt": [4, 1, 8, 8], "max": [8, 1, 8, 8]}}]
+    assert sidecar["compute_capabilities"] == ["8.0", "8.6", "8.9", "12.0"]
+    assert set(sidecar["layer_types"]) == {"FLOAT" if precision == "fp32" else "HALF"}
+    assert bool(sidecar["wide_layers"]) == (precision == "fp32")
+    assert (sidecar["verification"], sidecar["tf32"]) == ("built, not run", False)
+
+
+@needs_rtx
+def test_a_half_engine_from_a_single_graph_is_refused_by_layer(files, tmp_path):
+    path = tmp_path / "m.engine"
+    with pytest.raises(
+        UnsupportedError, match=r"asked for a fp16 engine, found float32 in conv1, relu1, .* and \d+ more"
+    ):
+        RTX.build(files / "fp32.onnx", path, BuildOptions(precision="fp16"))
+    assert not path.exists()
+
+
+@needs_rtx
+def test_tf32_is_off_unless_asked_for(files, tmp_path):
+    for tf32 in (False, True):
+        sidecar = RTX.build(files / "fp32.onnx", tmp_path / "m.engine", BuildOptions(tf32=tf32))
+        assert sidecar["tf32"] is tf32
+
+
+@needs_rtx
+def test_engines_are_built_for_the_gpus_asked_for(files, tmp_path):
+    one = BuildOptions(compute_capabilities=((8, 6),))
+    assert RTX.build(files / "fp32.onnx", tmp_path / "m.engine", one)["compute_capabilities"] == ["8.6"]
+    with pytest.raises(ConfigError, match=r"does not build for SM90; it builds for 7\.5, 8\.0"):
+        RTX.build(files / "fp32.onnx", tmp_path / "n.engine", BuildOptions(compute_capabilities=((9, 0),)))
+
+
+@needs_rtx
+def test_an_error_that_is_only_logged_is_a_failure(files, tmp_path):
+    turing = BuildOptions(compute_capabilities=((7, 5),))
+    with pytest.raises(UnsupportedError, match=r"cannot build fp32\.onnx: .*Turing") as caught:
+        RTX.build(files / "fp32.onnx", tmp_path / "m.engine", turing)
+    assert "\n" not in str(caught.value)
+    RTX.build(files / "fp32.onnx", tmp_path / "m.engine")  # and it is forgotten by the next build
+
+
+@needs_rtx
+def test_graphs_that_the_parser_cannot_read_are_one_line(tmp_path):
+    path = tmp_path / "m.onnx"
+    onnx.save(graph_of([helper.make_node("Det", ["x"], ["y"], name="det")], {"x": [2, 2]}, {"y": []}), path)
+    with pytest.raises(UnsupportedError, match=r"cannot read m\.onnx: node 'det' \(Det\) is not supported"):
+        RTX.build(path, tmp_path / "m.engine")
+    mixed = graph_of([helper.make_node("MatMul", ["x", "w"], ["y"], name="mm")], {"x": [2, 2]}, {"y": [2, 2]})
+    mixed.graph.initializer.append(numpy_helper.from_array(np.ones((2, 2), np.float16), "w"))
+    path.write_bytes(mixed.SerializeToString())
+    with pytest.raises(UnsupportedError, match=r"node 'mm' \(MatMul\): .*must have same input types") as caught:
+        RTX.build(path, tmp_path / "m.engine")
+    assert "\n" not in str(caught.value)
+    assert "driver" not in str(caught.value)
+    with pytest.raises(ArtifactError, match="there is no such file"):
+        RTX.build(tmp_path / "none.onnx", tmp_path / "m.engine")
+
+
+@needs_rtx
+def test_every_compute_layer_type_exists():
+    import tensorrt_rtx
+
+    assert set(tensorrt_rtx.LayerType.__members__) >= COMPUTE_LAYERS
+
+
+@needs_rtx
+def test_engines_say_why_they_do_not_run_here(files, tmp_path):
+    if RTX.cannot_run() is None:
+        pytest.skip("engines run here")
+    path = tmp_path / "m.engine"
+    RTX.build(files / "fp32.onnx", path)
+    with pytest.raises(MissingDependencyError, match="backend 'tensorrt-rtx' cannot run here: "):
+        RTX.open(path)
+
+
+def layer(name, dtype, kind="CONVOLUTION"):
+    return TypedLayer(name, kind, (f"node_{name}",), dtype)
+
+
+def test_the_audit_knows_what_may_be_wide():
+    layers = [layer("a", "HALF"), layer("n", "FLOAT", "NORMALIZATION"), layer("c", "FLOAT", "CAST")]
+    for wide in ({"n"}, {"node_n"}):
+        found = audit(layers, BuildOptions(precision="fp16", wide=frozenset(wide)))
+        assert found == {"layer_types": {"FLOAT": 1, "HALF": 1}, "wide_layers": ["n"]}
+    with pytest.raises(UnsupportedError, match="found float32 in n; convert"):
+        audit(layers, BuildOptions(precision="fp16"))
+    with pytest.raises(UnsupportedError, match="asked for a bf16 engine, found float32"):
+        audit([layer("a", "HALF")], BuildOptions(precision="bf16"))
+    audit(layers, BuildOptions(precision="mixed"))
+    with pytest.raises(UnsupportedError, match="mixed engine, found no half layer"):
+        audit(layers[1:], BuildOptions(precision="mixed"))
+    with pytest.raises(UnsupportedError, match="int8 engine, found no quantising layer"):
+        audit(layers, BuildOptions(precision="int8"))
+    audit([*layers, layer("q", "INT8", "QUANTIZE")], BuildOptions(precision="int8"))
+    assert audit([], BuildOptions()) == {"layer_types": {}, "wide_layers": []}
+
+
+def test_profiles_cover_every_input():
+    options = BuildOptions(batch=(1, 2, 3), shapes={"s": ((1, 4), (2, 8), (3, 16))})
+    assert options.shapes_of(TensorSpec("x", ("n", 5), "float32")) == ((1, 5), (2, 5), (3, 5))
+    assert options.shapes_of(TensorSpec("k", (4, 5), "float32")) == ((4, 5),) * 3
+    assert options.shapes_of(TensorSpec("s", ("n", "t"), "float32"))[2] == (3, 16)
+    with pytest.raises(ConfigError, match="'z' has free axes besides the batch"):
+        options.shapes_of(TensorSpec("z", ("n", "t"), "float32"))
+    with pytest.raises(ConfigError, match="1 <= min <= opt <= max"):
+        BuildOptions(batch=(2, 1, 3))
+
+
+def test_the_table_holds_an_engine_builder():
+    assert [name for name, backend in BACKENDS.items() if isinstance(backend, EngineBackend)] == ["tensorrt-rtx"]
