@@ -24,6 +24,7 @@ from lowprec.packages import installed_versions
 from lowprec.report import ChangeReport
 
 if TYPE_CHECKING:
+    from lowprec.export.backends.base import Precision
     from lowprec.export.parity import ParityReport
 
 SCHEMA = 1
@@ -35,7 +36,7 @@ FOLD = "fold.json"
 PARITY = "parity.json"
 REPORT = "report.html"
 
-ONNX_BY_PRECISION = {"fp32": "model.onnx", "fp16": "model.fp16.onnx"}
+ONNX_BY_PRECISION: dict[Precision, str] = {"fp32": "model.onnx", "fp16": "model.fp16.onnx"}
 """File name of the ONNX artefact of each precision; fp32 is always written."""
 
 _PACKAGES = ("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "tensorrt-rtx", "safetensors")
@@ -132,9 +133,14 @@ def _check_schema(path: Path, manifest: Any) -> None:
     if manifest.get("schema") != SCHEMA:
         raise ArtifactError(f"{path} has schema {manifest.get('schema')!r}; this version reads schema {SCHEMA}")
     files = manifest.get("files")
-    ok = isinstance(files, dict) and all(isinstance(h, str) and _SHA256.fullmatch(h) for h in files.values())
-    if not ok or not {ONNX_BY_PRECISION["fp32"], GOLDEN} <= set(files):
-        raise ArtifactError(f"{path} does not list model.onnx and golden.npz with a SHA-256 each; it is damaged")
+    needed = {ONNX_BY_PRECISION["fp32"], GOLDEN, FOLD}
+    if (
+        not isinstance(files, dict)
+        or not all(isinstance(digest, str) and _SHA256.fullmatch(digest) for digest in files.values())
+        or not needed <= set(files)
+    ):
+        listed = ", ".join(sorted(needed))
+        raise ArtifactError(f"{path} does not list {listed} with a SHA-256 each; it is damaged")
 
 
 def is_bundle(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""`compare`: are two models the same function, up to the rounding that the candidate is allowed?
+"""`compare`: says whether two models are the same function, up to the rounding that the candidate is allowed.
 
 The reference is evaluated in float64 and is the truth; its own rounding-noise floor at the candidate's precision is the
 yardstick. The candidate is judged twice where that is possible: in float64 (is it the same algebra?) and as it really
@@ -26,7 +26,6 @@ from lowprec.export.truth import choose_samples, golden_from_onnx, golden_from_t
 from lowprec.formats import FP32, format_named
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from lowprec.export.sources import Source

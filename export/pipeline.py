@@ -20,6 +20,7 @@ from lowprec.data import Samples
 from lowprec.errors import ConfigError, MissingDependencyError
 from lowprec.export import bundle as layout
 from lowprec.export.backends import BACKENDS, BuildOptions, EngineBackend
+from lowprec.export.backends.base import Precision
 from lowprec.export.bundle import Bundle, is_bundle, open_bundle, provenance, write_manifest
 from lowprec.export.emit import convert_precision, emit_onnx
 from lowprec.export.float64 import Float64Graph
@@ -54,7 +55,7 @@ _STEPS = 8
 class _Plan:
     """What was asked for, checked before the first slow step."""
 
-    precisions: tuple[str, ...]
+    precisions: tuple[Precision, ...]
     engines: tuple[str, ...]
 
 
@@ -139,8 +140,8 @@ def _plan(precision: str | Sequence[str], targets: Sequence[str]) -> _Plan:
     return _Plan(precisions, engines)
 
 
-def _emit(folded: FoldedModule, traced: Traced, plan: _Plan) -> dict[str, onnx.ModelProto]:
-    models = {"fp32": emit_onnx(folded, traced)}
+def _emit(folded: FoldedModule, traced: Traced, plan: _Plan) -> dict[Precision, onnx.ModelProto]:
+    models: dict[Precision, onnx.ModelProto] = {"fp32": emit_onnx(folded, traced)}
     for name in plan.precisions[1:]:
         models[name], _ = convert_precision(models["fp32"], format_named(name))
     return models
@@ -161,20 +162,19 @@ def _golden(
     return golden_from_trace(traced, Float64Graph(model), feeds, labels, plan.precisions)
 
 
-def _write_models(work: Path, models: dict[str, onnx.ModelProto], plan: _Plan) -> list[Artefact]:
+def _write_models(work: Path, models: dict[Precision, onnx.ModelProto], plan: _Plan) -> list[Artefact]:
     artefacts = []
     for precision, model in models.items():
         name = layout.ONNX_BY_PRECISION[precision]
         write_bytes(work / name, model.SerializeToString(deterministic=True))
         artefacts.append(Artefact(name, work / name, precision))
-    narrowest = artefacts[-1]
+    narrowest, source = plan.precisions[-1], artefacts[-1]
     for target in plan.engines:
         engine = work / ENGINE_TARGETS[target]
-        sidecar = _builder(target).build(narrowest.path, engine, BuildOptions(precision=narrowest.precision))
-        sidecar |= {"precision": narrowest.precision, "source": narrowest.name}
-        sidecar["source_sha256"] = sha256_of(narrowest.path)
-        write_json(work / f"{engine.name}.json", sidecar)
-        artefacts.append(Artefact(engine.name, engine, narrowest.precision))
+        sidecar = _builder(target).build(source.path, engine, BuildOptions(precision=narrowest))
+        bound = {"precision": narrowest, "source": source.name, "source_sha256": sha256_of(source.path)}
+        write_json(work / f"{engine.name}.json", sidecar | bound)
+        artefacts.append(Artefact(engine.name, engine, narrowest))
     return artefacts
 
 

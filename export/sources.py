@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowprec.data import Samples, load_data
+from lowprec.data import Samples, Split, load_data
 from lowprec.errors import ArtifactError, ConfigError
 from lowprec.export.backends.eager import forward_names
 
@@ -89,6 +89,6 @@ def _open_factory(spec: str) -> Source:
     return Source(spec, module.eval(), example_inputs, facts={"factory": spec})
 
 
-def samples_or_none(data: str | None, split: str = "all") -> Samples | None:
+def samples_or_none(data: str | None, split: Split = "all") -> Samples | None:
     """`load_data`, or None when no data was named."""
     return None if data is None else load_data(data, split=split)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.errors import DataError, LowprecError, MissingDependencyError
+from lowprec.errors import DataError, LowprecError, MissingDependencyError, UnsupportedError
 from lowprec.export.backends import BACKENDS, Backend, EngineBackend, Session, backend_named
 from lowprec.export.golden import Golden
 from lowprec.export.parity import Limits, Stage, judge
@@ -74,17 +74,18 @@ def run_stages(
     return stages
 
 
-def _run_stage(
-    artefact: Artefact, name: str, backend: Backend, golden: Golden, limits: Limits, suffix: str
-) -> Stage:
+def _run_stage(artefact: Artefact, name: str, backend: Backend, golden: Golden, limits: Limits, suffix: str) -> Stage:
     title = f"{artefact.precision} on {name}{suffix}"
     reason = backend.unavailable() or backend.cannot_run()
     if reason:
         built = isinstance(backend, EngineBackend)
         status: Status = "built, not run here" if built else "not available here"
         return Stage(title, artefact.name, name, "-", status=status, reason=reason)
-    session = backend.open(artefact.path)
-    outputs = run_batched(session, golden.inputs)
+    try:
+        session = backend.open(artefact.path)
+        outputs = run_batched(session, golden.inputs)
+    except UnsupportedError as error:
+        return Stage(title, artefact.name, name, "-", status="failed to run", reason=str(error))
     return judged(title, artefact.name, name, session.arithmetic, outputs, golden, artefact.precision, limits)
 
 

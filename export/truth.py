@@ -30,7 +30,11 @@ def golden_from_onnx(path: Path, data: str | Samples, precisions: Collection[str
     graph = Float64Graph(load_onnx(path))
     samples = data if isinstance(data, Samples) else load_data(data)
     feeds, labels = choose_samples(samples, [spec.name for spec in graph.inputs])
-    outputs = graph.run(feeds)
+    blocks = [
+        graph.run({name: a[start : start + _BATCH] for name, a in feeds.items()})
+        for start in range(0, len(next(iter(feeds.values()))), _BATCH)
+    ]
+    outputs = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     return _with_floors(Golden(feeds, outputs, labels), graph, precisions)
 
 
@@ -49,7 +53,9 @@ def golden_from_trace(
     total = len(next(iter(feeds.values())))
     with torch.no_grad():
         for start in range(0, total, _BATCH):
-            batch = [torch.from_numpy(np.ascontiguousarray(feeds[n][start : start + _BATCH])) for n in traced.input_names]
+            batch = [
+                torch.from_numpy(np.ascontiguousarray(feeds[n][start : start + _BATCH])) for n in traced.input_names
+            ]
             parts.append(traced.module.run_flat(batch))
     columns = zip(*parts, strict=True)
     outputs = {n: torch.cat(list(c)).numpy() for n, c in zip(traced.output_names, columns, strict=True)}

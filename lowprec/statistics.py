@@ -8,8 +8,8 @@ exactly the statistics of that batch, and the real buffers are written once, if 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -162,15 +162,30 @@ class HeldStatistics:
         self._parts: dict[nn.Module, list[BatchStatistics]] = {}
         self._swapped: dict[nn.Module, _Swapped] = {}
 
-    @contextmanager
-    def forward(self) -> Iterator[None]:
+    def forward(self) -> AbstractContextManager[None]:
         """Inside, norms in training mode leave their buffers alone and their statistics are collected."""
+        return self._hooked(self._collect)
+
+    def recomputation(self) -> AbstractContextManager[None]:
+        """Inside, norms in training mode leave their buffers alone and nothing is collected.
+
+        For the backward pass: activation checkpointing runs parts of the forward again there, on the same samples.
+        """
+        return self._hooked(lambda module, batch: None)
+
+    @contextmanager
+    def _hooked(self, take: Callable[[nn.Module, BatchStatistics], None]) -> Iterator[None]:
+        def swap_out(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            batch = self._swap_out(module)
+            if batch is not None and output is not None:  # torch passes None when the forward raised
+                take(module, batch)
+
         handles = []
         try:
             for module in self._model.modules():
                 if running_statistics(module) is not None:
                     handles.append(module.register_forward_pre_hook(self._swap_in, with_kwargs=True))
-                    handles.append(module.register_forward_hook(self._swap_out, prepend=True, always_call=True))
+                    handles.append(module.register_forward_hook(swap_out, prepend=True, always_call=True))
             yield
         finally:
             for handle in handles:
@@ -204,17 +219,20 @@ class HeldStatistics:
             module._buffers[name] = torch.zeros_like(buffer)
         _set_momentum(module, 1.0)
 
-    def _swap_out(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _collect(self, module: nn.Module, batch: BatchStatistics) -> None:
+        self._parts.setdefault(module, []).append(batch)
+
+    def _swap_out(self, module: nn.Module) -> BatchStatistics | None:
+        """Puts the real buffers back and returns what the scratch ones hold."""
         swapped = self._swapped.pop(module, None)
         if swapped is None:
-            return
+            return None
         scratch = {name: module._buffers[name] for name in swapped.buffers}
         module._buffers.update(swapped.buffers)
         _set_momentum(module, swapped.momentum)
-        kinds = running_statistics(module)
-        if output is not None and kinds is not None:  # torch passes None when the forward raised
-            values = {name: value for name in kinds if (value := scratch[name]) is not None}
-            self._parts.setdefault(module, []).append(BatchStatistics(swapped.count, values))
+        kinds = running_statistics(module) or {}
+        values = {name: value for name in kinds if (value := scratch[name]) is not None}
+        return BatchStatistics(swapped.count, values)
 
 
 def _set_momentum(module: Any, momentum: float | None) -> None:

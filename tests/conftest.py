@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lowprec.cli import main
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -20,7 +22,7 @@ class Finished:
     seconds: float
 
 
-def lowprec(*args, cwd, timeout=300, before=""):
+def run_process(*args, cwd, timeout=300, before=""):
     """Runs the command line in a process of its own, as a user would; `before` is Python that runs ahead of it."""
     code = f"{before}\nimport sys\nfrom lowprec.cli import main\nsys.exit(main())"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
@@ -33,13 +35,30 @@ def lowprec(*args, cwd, timeout=300, before=""):
 
 
 @pytest.fixture(scope="session")
-def command():
-    return lowprec
+def process():
+    return run_process
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The same command line in this process: importing torch anew for every refusal would take minutes."""
+
+    def run(*args, cwd):
+        monkeypatch.chdir(cwd)
+        started = time.monotonic()
+        try:
+            status = main([str(arg) for arg in args])
+        except SystemExit as leaving:  # argparse's own way out
+            status = leaving.code
+        printed = capsys.readouterr()
+        return Finished(status, printed.out, printed.err, time.monotonic() - started)
+
+    return run
 
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """The finished demo: (folder, how it went)."""
     folder = tmp_path_factory.mktemp("demo")
-    done = lowprec("demo", "-o", "out", cwd=folder)
+    done = run_process("demo", "-o", "out", cwd=folder)
     return folder / "out", done

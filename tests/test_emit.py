@@ -317,6 +317,22 @@ def test_idle_casts_vanish_and_casts_from_integers_become_narrow():
     assert run(narrow, x=x)[0].tolist() == [[2.5, -4.0, 6.0, 0.25]]
 
 
+def test_filled_constants_become_narrow():
+    filled = {"value": numpy_helper.from_array(np.array([0.5], np.float32))}
+    model = small(
+        [
+            ("Shape", ["x"], ["s"]),
+            ("ConstantOfShape", ["s"], ["zero"]),
+            ("ConstantOfShape", ["s"], ["half"], filled),
+            ("Sum", ["x", "zero", "half"], ["y"]),
+        ]
+    )
+    narrow, _ = convert_precision(model, FP16)
+    types = element_types(narrow)
+    assert types["zero"] == types["half"] == TensorProto.FLOAT16
+    assert run(narrow, x=np.ones((1, 4), np.float32))[0].tolist() == [[1.5] * 4]
+
+
 def test_outputs_that_are_also_read_keep_their_name_and_type():
     model = small([("Relu", ["x"], ["y"]), ("Neg", ["y"], ["z"])], outputs=("y", "z"))
     narrow, _ = convert_precision(model, FP16)

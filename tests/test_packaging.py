@@ -127,7 +127,7 @@ def test_the_wheel_holds_every_file_and_works_beside_a_users_own_export_py(tmp_p
 
 
 def bare_environment(folder):
-    """A virtual environment that sees this one's packages but not an installed lowprec (its .pth files are not read)."""
+    """A virtual environment with this one's packages but no installed lowprec: .pth files are not followed."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder)

@@ -573,6 +573,30 @@ def test_activation_checkpointing_recomputes_in_the_same_arithmetic() -> None:
     assert_same(*results)
 
 
+@pytest.mark.parametrize("mode", ["fp32", "fp16-master"])
+def test_a_checkpointed_norm_counts_its_batch_once_and_a_skipped_step_not_at_all(mode: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    statistics = []
+    for cls in (nn.Sequential, Checkpointed):
+        torch.manual_seed(0)
+        model = cls(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        precision = Precision(mode)
+        precision.prepare(model, sgd(model))
+        losses = [1.0] if mode == "fp32" else [float("inf"), 1.0]  # fp32 skips nothing
+        for factor in losses:
+            with precision.forward():
+                loss = model(torch.arange(32.0).reshape(4, 8) / 32).square().mean() * factor
+            assert bool(precision.step(loss)) == (factor == 1.0)
+            assert model[1].num_batches_tracked == (factor == 1.0)
+        statistics.append(model[1].state_dict())
+    assert_same(*statistics)
+
+
 # --- overflow --------------------------------------------------------------------------------------------------------
 
 

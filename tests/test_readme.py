@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     binary = folder / "bin" / "lowprec"
     binary.parent.mkdir()
-    binary.write_text(f"#!/bin/sh\nexec {sys.executable} -m lowprec \"$@\"\n")
+    binary.write_text(f'#!/bin/sh\nexec {sys.executable} -m lowprec "$@"\n')
     binary.chmod(0o755)
     return folder
 

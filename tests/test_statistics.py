@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lowprec.formats import FP32, FP64
 from lowprec.norm import L1BatchNorm2d, running_statistics
@@ -188,6 +189,33 @@ def test_a_forward_that_raises_puts_the_buffers_back():
     assert model[0].running_mean is mean
     assert model[0].momentum == 0.1
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Checkpointed(nn.Module):
+    """Runs its norms again in the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), L1BatchNorm2d(3), nn.ReLU())
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_a_forward_that_is_computed_again_in_backward_counts_once():
+    model = Checkpointed()
+    plain = copy.deepcopy(model)
+    plain.inner(inputs())
+    before = buffers(model)
+    held = HeldStatistics(model)
+    with held.forward():
+        loss = model(inputs()).square().sum()
+    with held.recomputation():
+        loss.backward()
+    assert all(torch.equal(value, before[key]) for key, value in buffers(model).items())
+    held.commit()
+    for key, value in buffers(model).items():
+        torch.testing.assert_close(value, buffers(plain)[key], rtol=reference.rounding_bound(FP32), atol=FP32.eps)
 
 
 class Mine(nn.BatchNorm2d):

@@ -85,7 +85,7 @@ def test_the_numbers_alone_find_one_percent_in_any_weight_tensor(bundle, file):
         hash_anew(bundle, bind=True)
         report = verify(bundle, backends=["onnxruntime"])
         assert report.verdict == "fail", index
-        with pytest.raises(ParityError, match="rho|elementwise|channel"):
+        with pytest.raises(ParityError, match=r"rho|elementwise|channel"):
             report.raise_if_failed()
 
 
@@ -117,12 +117,12 @@ def test_one_flipped_byte_in_any_file_is_unusable(bundle, command):
     assert verify(bundle).passed
 
 
-def test_it_runs_where_torch_and_every_optional_package_are_absent(bundle, command):
-    done = command("verify", bundle, cwd=bundle, before=WITHOUT_TORCH)
+def test_it_runs_where_torch_and_every_optional_package_are_absent(bundle, process):
+    done = process("verify", bundle, cwd=bundle, before=WITHOUT_TORCH)
     assert done.status == 0, done.stderr
     assert "verdict: pass" in done.stdout
     for arguments in (("doctor",), ("inspect", bundle)):
-        done = command(*arguments, cwd=bundle, before=WITHOUT_TORCH)
+        done = process(*arguments, cwd=bundle, before=WITHOUT_TORCH)
         assert done.status == 0, done.stderr
 
 

@@ -146,7 +146,10 @@ class Rewriter:
             self._nodes.append(helper.make_node("Identity", [available], [name], name=f"output_{name}"))
 
     def _narrow_attributes(self, node: onnx.NodeProto) -> None:
-        """A Cast or ConstantOfShape whose result becomes narrow says so."""
+        """A Cast or ConstantOfShape whose result becomes narrow says so; the latter makes float32 zeros by default."""
+        if node.op_type == "ConstantOfShape" and not node.attribute:
+            zero = helper.make_tensor("value", TensorProto.FLOAT, [1], [0.0])
+            node.attribute.append(helper.make_attribute("value", zero))
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to":
                 attribute.i = ELEMENT_TYPES[self._fmt.name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,21 +31,18 @@ _CASTS = {_aten.to, _aten._to_copy, _aten.type_as}
 _DROPOUTS = {_aten.dropout, _aten.feature_dropout, _aten.alpha_dropout, _aten.feature_alpha_dropout}
 
 
-def lift_program(
-    exported: torch.export.ExportedProgram, wide: Mapping[str, Tensor], norms: dict[str, NormLayer]
-) -> Program:
+def lift_program(exported: torch.export.ExportedProgram, norms: dict[str, NormLayer]) -> Program:
     """The exported graph with constants of its own, in float64.
 
     Args:
         exported: from torch.export; its tensors are not aliased.
-        wide: the network's parameters and buffers in their own type, by name, where the export ran in a wider one.
         norms: norm layers by module path, kept with the program.
 
     Raises:
         FoldError: an autocast region or another hidden one, a random operation, or an in-place operation that
             cannot be renamed away.
     """
-    program = _program_from_export(exported, wide)
+    program = _program_from_export(exported)
     program.norms = norms
     changed = functionalise(program)
     for node in program.calls():
@@ -73,7 +69,7 @@ def lift_program(
     return program
 
 
-def _program_from_export(exported: torch.export.ExportedProgram, wide: Mapping[str, Tensor]) -> Program:
+def _program_from_export(exported: torch.export.ExportedProgram) -> Program:
     """Placeholders of parameters become `get_attr`, placeholders of fixed arguments vanish, asserts stay behind."""
     signature = exported.graph_signature
     specs = {spec.arg.name: spec for spec in signature.input_specs}
@@ -87,7 +83,7 @@ def _program_from_export(exported: torch.export.ExportedProgram, wide: Mapping[s
                     copies[node].meta = {"val": node.meta["val"]}
                 continue
             name = str(spec.target)
-            constants[name] = _constant(exported, name, wide)
+            constants[name] = _constant(exported, name)
             copies[node] = graph.create_node("get_attr", name)
             copies[node].meta = {"val": node.meta["val"]}
         elif node.op == "call_function" and not _is_assertion(node):
@@ -116,8 +112,8 @@ def _result(argument: Any, copies: dict[fx.Node, fx.Node], exported: torch.expor
     return copies[node]
 
 
-def _constant(exported: torch.export.ExportedProgram, name: str, wide: Mapping[str, Tensor]) -> Tensor:
-    value = wide.get(name, exported.state_dict.get(name, exported.constants.get(name)))
+def _constant(exported: torch.export.ExportedProgram, name: str) -> Tensor:
+    value = exported.state_dict.get(name, exported.constants.get(name))
     if not isinstance(value, Tensor):
         raise FoldError(f"the network holds '{name}', a {type(value).__name__}; use tensors only")
     return value.detach()

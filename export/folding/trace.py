@@ -87,11 +87,10 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any
     network = _private_copy(model)
     source_dtype = _source_dtype(network)
     norms = {path: NormLayer(module.training) for path, module in network.named_modules() if is_norm(module)}
-    wide = dict(_named_tensors(network))
     _widen_halves(network)
     examples = prepare_examples(network, example_inputs, dynamic_shapes, source_dtype)
     exported = _export(network, examples)
-    program = lift_program(exported, wide, norms)
+    program = lift_program(exported, norms)
     interface = _interface(network, exported, examples)
     return Traced(program, interface, FoldedModule(program, interface, torch.float64), source_dtype)
 
@@ -120,23 +119,16 @@ def _private_copy(model: nn.Module) -> nn.Module:
     return without_half_hooks(copied).cpu()
 
 
-def _named_tensors(network: nn.Module) -> list[tuple[str, Tensor]]:
-    """Every parameter and buffer under every name it has, tied ones included."""
-    return [
-        *((name, tensor.detach()) for name, tensor in network.named_parameters(remove_duplicate=False)),
-        *((name, tensor.detach()) for name, tensor in network.named_buffers(remove_duplicate=False)),
-    ]
-
-
 def _source_dtype(network: nn.Module) -> torch.dtype:
-    """float64 for a network whose floating parameters all are, else float32."""
-    dtypes = {tensor.dtype for _, tensor in _named_tensors(network) if tensor.is_floating_point()}
+    """float64 for a network whose floating parameters and buffers all are, else float32."""
+    tensors = [*network.parameters(), *network.buffers()]
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     return torch.float64 if dtypes == {torch.float64} else torch.float32
 
 
 def _widen_halves(network: nn.Module) -> None:
-    """Half parameters and buffers become float32, so that the network's own arithmetic runs on a CPU."""
-    for _, tensor in [*network.named_parameters(), *network.named_buffers()]:
+    """Half parameters and buffers become float32, exactly, so that the network's own arithmetic runs on a CPU."""
+    for tensor in [*network.parameters(), *network.buffers()]:
         if tensor.dtype in (torch.float16, torch.bfloat16):
             tensor.data = tensor.data.float()
 

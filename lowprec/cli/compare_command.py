@@ -1,4 +1,4 @@
-"""`lowprec compare`: are these two models the same, up to the rounding that the candidate is allowed?"""
+"""`lowprec compare`: says whether two models are the same, up to the rounding that the candidate is allowed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("candidate", help="the same kinds; judged against the reference")
     parser.add_argument("--data", metavar="DATA", required=True, help="digits, a folder of images, or an .npz")
     parser.add_argument(
-        "--precision", choices=("fp32", "fp16", "bf16"), help="what the candidate may be rounded to (default: its types)"
+        "--precision",
+        choices=("fp32", "fp16", "bf16"),
+        help="what the candidate may be rounded to (default: its types)",
     )
     parity_table.add_claims(parser)
 

@@ -40,7 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `lowprec demo`."""
     parser.add_argument("-o", "--output", default="lowprec-demo", metavar="DIR", help="folder (default: lowprec-demo)")
     parser.add_argument(
-        "--epochs", type=int, metavar="N", help="train shorter or longer than the 20 epochs that the accuracy bar is for"
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="train shorter or longer than the 20 epochs that the accuracy bar is for",
     )
 
 

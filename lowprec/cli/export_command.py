@@ -13,11 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a run folder, or MODULE:FACTORY importable from the current folder")
     parser.add_argument("-o", "--output", required=True, metavar="BUNDLE", help="bundle folder to write")
     parser.add_argument(
-        "--precision", nargs="+", default=["fp16"], metavar="P", help="fp32, fp16 (default: fp16; fp32 is always written)"
+        "--precision",
+        nargs="+",
+        default=["fp16"],
+        metavar="P",
+        help="fp32, fp16 (default: fp16; fp32 is always written)",
     )
-    parser.add_argument(
-        "--target", nargs="+", default=["onnx"], metavar="T", help="onnx, tensorrt-rtx (default: onnx)"
-    )
+    parser.add_argument("--target", nargs="+", default=["onnx"], metavar="T", help="onnx, tensorrt-rtx (default: onnx)")
     parser.add_argument(
         "--calibration", metavar="DATA", help="digits, a folder of images, or an .npz (default: the run's own data)"
     )

@@ -133,7 +133,9 @@ def _onnx(path: Path) -> dict[str, Any]:
         "opset": ", ".join(f"{o.domain or 'ai.onnx'} {o.version}" for o in model.opset_import),
         "inputs": ", ".join(_signature(value) for value in model.graph.input),
         "outputs": ", ".join(_signature(value) for value in model.graph.output),
-        "nodes": ", ".join(f"{count} {name}" for name, count in Counter(n.op_type for n in model.graph.node).most_common()),
+        "nodes": ", ".join(
+            f"{count} {name}" for name, count in Counter(n.op_type for n in model.graph.node).most_common()
+        ),
         "weights": ", ".join(f"{count} {name}" for name, count in types.most_common()),
         "norms_left": sum("Normalization" in node.op_type for node in model.graph.node),
         "weights_that_half_would_damage": troubles,

@@ -17,7 +17,10 @@ _STATUS = {"fail": 1, "inconclusive": 3}
 def add_claims(parser: argparse.ArgumentParser) -> None:
     """Adds the claims that a user may ask a comparison to prove."""
     parser.add_argument(
-        "--margin", type=float, metavar="POINTS", help="claim: accuracy drops by less than so many points (needs labels)"
+        "--margin",
+        type=float,
+        metavar="POINTS",
+        help="claim: accuracy drops by less than so many points (needs labels)",
     )
     parser.add_argument(
         "--min-agreement", type=float, metavar="SHARE", help="claim: at least this share of decisions agree (0.999)"

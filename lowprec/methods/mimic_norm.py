@@ -241,4 +241,5 @@ def _centre_now(model: nn.Module, min_fan_in: int, report: ChangeReport) -> None
 @torch.no_grad()
 def _centre_(weights: list[Tensor]) -> None:
     """Centres weights in place, with one multi-tensor copy."""
-    torch._foreach_copy_(weights, [centre_weight(weight) for weight in weights])
+    if weights:
+        torch._foreach_copy_(weights, [centre_weight(weight) for weight in weights])

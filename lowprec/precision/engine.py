@@ -152,14 +152,17 @@ class Precision:
                 f"the loss has shape {tuple(loss.shape)} and requires_grad={loss.requires_grad}; give one number that "
                 "depends on the parameters"
             )
-        if bound.hooks is None:
-            torch.autograd.backward(loss)
-            return
-        scaled = loss * self.scale
-        with bound.hooks.arithmetic(device_of(bound.model)), bound.watch.backward(loss):
-            # The arithmetic is open for what the backward recomputes (activation checkpointing). The engine is called
-            # directly because torch.autograd.backward is itself a torch function: a mode intercepts it and is closed
-            # while it runs.
+        # Activation checkpointing runs parts of the forward again in the backward: in the same arithmetic, and without
+        # moving statistics a second time.
+        with ExitStack() as stack:
+            stack.enter_context(bound.held.recomputation())
+            if bound.hooks is None:
+                torch.autograd.backward(loss)
+                return
+            stack.enter_context(bound.hooks.arithmetic(device_of(bound.model)))
+            stack.enter_context(bound.watch.backward(loss))
+            scaled = loss * self.scale
+            # Not torch.autograd.backward: that is a torch function itself, so the mode would be closed while it runs.
             torch.autograd.Variable._execution_engine.run_backward(
                 (scaled,), (torch.ones_like(scaled),), False, False, (), allow_unreachable=True, accumulate_grad=True
             )
