@@ -102,5 +102,6 @@ class OverflowWatch:
         return handle
 
 
+@torch.no_grad()  # isfinite is made of differentiable parts, which a checkpoint would count among what it saved
 def _finite(tree: Any) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors_in(tree) if tensor.is_floating_point())
