@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from lowprec.data import Samples, load_data
 from lowprec.errors import DataError
-from lowprec.export.float64 import Float64Graph, check_feeds
+from lowprec.export.float64 import Float64Graph
 from lowprec.export.golden import MAX_SAMPLES, Golden
 from lowprec.export.onnx_files import load_onnx
 from lowprec.export.parity import noise_floor
+from lowprec.export.tensors import check_feeds
 from lowprec.formats import format_named
 
 if TYPE_CHECKING:

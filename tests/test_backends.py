@@ -12,8 +12,9 @@ from lowprec.errors import ArtifactError, ConfigError, DataError, MissingDepende
 from lowprec.export.backends import BACKENDS, BuildOptions, EngineBackend, backend_named, ort
 from lowprec.export.backends.eager import forward_names, named_outputs
 from lowprec.export.backends.rtx import COMPUTE_LAYERS, TensorRTRTX, TypedLayer, audit
-from lowprec.export.float64 import Float64Graph, TensorSpec
+from lowprec.export.float64 import Float64Graph
 from lowprec.export.parity import judge, noise_floor, worst
+from lowprec.export.tensors import TensorSpec
 from lowprec.formats import FP32
 
 torch = pytest.importorskip("torch")

@@ -8,8 +8,8 @@ from onnx.reference import ReferenceEvaluator
 from reference_parity import conv_loops, dot_error, graph_of, single
 
 from lowprec.errors import ArtifactError, DataError, UnsupportedError
-from lowprec.export import float64_ops
-from lowprec.export.float64 import Float64Graph, load_onnx
+from lowprec.export.float64 import Float64Graph, operators
+from lowprec.export.onnx_files import load_onnx
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -179,7 +179,7 @@ FAST_OPERATORS_TESTED = {
 
 def test_every_replaced_operator_has_its_test():
     model = single("Relu", {"x": normal(1)}, ["y"])
-    assert {operator.__name__ for operator in float64_ops.float64_operators(model)} == FAST_OPERATORS_TESTED
+    assert {operator.__name__ for operator in operators.float64_operators(model)} == FAST_OPERATORS_TESTED
 
 
 X = normal(2, 4, 6, 6)

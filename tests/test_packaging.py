@@ -68,6 +68,31 @@ def test_rooms_import_only_what_lies_below_them(room, forbidden):
     assert above == []
 
 
+def test_no_two_modules_import_each_other_in_a_circle():
+    """At import time; names that only types or single functions need are not counted."""
+    names = {}
+    for package, path in python_files():
+        inside = path.relative_to(FOLDERS[package]).with_suffix("").parts
+        names[".".join([package, *(part for part in inside if part != "__init__")])] = path
+    edges = {}
+    for name, path in names.items():
+        body = ast.parse(path.read_text()).body
+        edges[name] = set()
+        for node in body:
+            if isinstance(node, ast.Import):
+                edges[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                whole = [f"{node.module}.{alias.name}" for alias in node.names]
+                edges[name] |= {full if full in names else node.module for full in whole}
+        edges[name] = (edges[name] & set(names)) - {name}
+    while free := [name for name, needed in edges.items() if not needed]:
+        for name in free:
+            del edges[name]
+        for needed in edges.values():
+            needed -= set(free)
+    assert edges == {}
+
+
 def test_importing_the_package_loads_nothing_heavy():
     heavy = ("torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "matplotlib", "sklearn", "numpy")
     code = f"import lowprec, sys; print([m for m in {heavy!r} if m in sys.modules])"

@@ -17,8 +17,8 @@ import onnx
 from numpy.typing import NDArray
 
 from lowprec.errors import ArtifactError, ConfigError, MissingDependencyError
-from lowprec.export.float64 import TensorSpec, check_feeds
 from lowprec.export.onnx_files import load_onnx
+from lowprec.export.tensors import TensorSpec, check_feeds
 
 
 class Session(ABC):

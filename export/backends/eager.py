@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lowprec.errors import UnsupportedError
 from lowprec.export.backends.base import Backend, Session
-from lowprec.export.float64 import TensorSpec
+from lowprec.export.tensors import TensorSpec
 from lowprec.packages import is_installed
 
 if TYPE_CHECKING:

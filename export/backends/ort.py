@@ -19,8 +19,8 @@ from onnx import TensorProto
 
 from lowprec.errors import MissingDependencyError, UnsupportedError
 from lowprec.export.backends.base import Backend, Session, narrowed, onnx_model
-from lowprec.export.float64 import specs_of
 from lowprec.export.onnx_files import first_line, graphs_of
+from lowprec.export.tensors import specs_of
 from lowprec.packages import is_installed
 
 # Operators whose sums decide the error of a network; Fused* are onnxruntime's own fusions of them.

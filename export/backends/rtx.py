@@ -23,8 +23,8 @@ from typing import Any
 from lowprec.artifacts import sha256_of, write_bytes
 from lowprec.errors import ConfigError, MissingDependencyError, UnsupportedError
 from lowprec.export.backends.base import BuildOptions, EngineBackend, Session
-from lowprec.export.float64 import specs_of
 from lowprec.export.onnx_files import load_onnx
+from lowprec.export.tensors import specs_of
 from lowprec.packages import is_installed
 
 # What TensorRT-RTX 1.7 builds for unasked, spelled out so that the sidecar can say it: Ampere, Ada, Blackwell. Turing

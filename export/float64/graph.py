@@ -1,14 +1,13 @@
 """An ONNX graph in float64: the truth that every rounded run is measured against.
 
 onnxruntime has no float64 convolution and torch is absent where bundles are verified, so the graph is evaluated by
-onnx's own reference, widened throughout (float64_model) and with its slow operators replaced (float64_ops). Values are
+onnx's own reference, widened throughout (widening.py) and with its slow operators replaced (operators.py). Values are
 dropped after their last use: memory is that of the widest point of the network, not of all its activations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -16,84 +15,14 @@ import onnx
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from lowprec.errors import DataError, UnsupportedError
-from lowprec.export.float64_model import FLOAT32_BY_DEFINITION, float64_model, size_names, terms_per_element, widened
-from lowprec.export.float64_ops import float64_operators
-from lowprec.export.onnx_files import first_line, load_onnx
-
-__all__ = ["Float64Graph", "Kind", "TensorSpec", "Visit", "check_feeds", "load_onnx", "specs_of"]
+from lowprec.errors import UnsupportedError
+from lowprec.export.float64.operators import float64_operators
+from lowprec.export.float64.widening import FLOAT32_BY_DEFINITION, float64_model, size_names, terms_per_element, widened
+from lowprec.export.onnx_files import first_line
+from lowprec.export.tensors import check_feeds, specs_of
 
 Kind = Literal["input", "weight", "node"]
 Visit = Callable[[str, Kind, NDArray[Any], int], NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, shape and element type of an input or output.
-
-    Args:
-        name: as in the graph.
-        shape: one entry per axis, a name or None where the size is free; None when even the rank is.
-        dtype: numpy's name of the element type, or `bfloat16`.
-    """
-
-    name: str
-    shape: tuple[int | str | None, ...] | None
-    dtype: str
-
-    @property
-    def batch_axis(self) -> int | None:
-        """0 if the size of axis 0 is free, else None."""
-        return 0 if self.shape and not isinstance(self.shape[0], int) else None
-
-    @property
-    def is_float(self) -> bool:
-        """Whether the elements are floating-point numbers."""
-        return self.dtype in ("float16", "bfloat16", "float32", "float64")
-
-
-def specs_of(values: Any) -> tuple[TensorSpec, ...]:
-    """The specs of a graph's inputs or outputs (onnx ValueInfoProto)."""
-    found = []
-    for value in values:
-        kind = value.type.tensor_type
-        if not value.type.HasField("tensor_type"):
-            raise UnsupportedError(f"{value.name!r} is no tensor; only tensor inputs and outputs can be compared")
-        shape = None
-        if kind.HasField("shape"):
-            shape = tuple(
-                dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in kind.shape.dim
-            )
-        found.append(TensorSpec(value.name, shape, str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))))
-    return tuple(found)
-
-
-def check_feeds(specs: tuple[TensorSpec, ...], feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The feeds as arrays, one for each input and no other.
-
-    Raises:
-        DataError: an input is missing or unknown, or has the wrong rank, size or kind of number.
-    """
-    names = [spec.name for spec in specs]
-    missing = [name for name in names if name not in feeds]
-    unknown = [name for name in feeds if name not in names]
-    if missing or unknown:
-        raise DataError(
-            f"the model takes the inputs {', '.join(names) or 'none'}; "
-            f"missing: {', '.join(missing) or 'none'}, unknown: {', '.join(unknown) or 'none'}"
-        )
-    arrays = {spec.name: np.asarray(feeds[spec.name]) for spec in specs}
-    for spec in specs:
-        array = arrays[spec.name]
-        if spec.shape is not None and (
-            array.ndim != len(spec.shape)
-            or any(isinstance(want, int) and want != size for want, size in zip(spec.shape, array.shape, strict=True))
-        ):
-            wanted = ", ".join("?" if size is None else str(size) for size in spec.shape)
-            raise DataError(f"the input {spec.name!r} has shape {array.shape}; the model takes ({wanted})")
-        if array.dtype.kind not in "fiub" or (array.dtype.kind == "f" and not spec.is_float):
-            raise DataError(f"the input {spec.name!r} holds {array.dtype}; the model takes {spec.dtype}")
-    return arrays
 
 
 class Float64Graph:

@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from onnx.reference.op_run import OpRun
 
-from lowprec.export.float64_exact import EXACT_OPERATORS
+from lowprec.export.float64.exact import EXACT_OPERATORS
 
 Array = NDArray[Any]
 # Values in one block of gathered windows: 2^22 float64 are 32 MiB, large enough for BLAS, small beside the activations.
