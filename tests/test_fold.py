@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from fold_cases import FOLD_CASES, Case, Lambda, make, randomise
 from torch import nn
 
+from lowprec.affine import ChannelAffine
 from lowprec.errors import FoldError, UnsupportedError
 from lowprec.export.folding import RULES, FoldedModule, Rule, fold, fold_traced, trace
 from lowprec.export.folding.apply import fold_with_rules
@@ -503,3 +504,40 @@ def test_views_do_not_depend_on_strides():
     network = Lambda(lambda m, x: x.transpose(1, 2).contiguous().view(x.shape[0], -1) * 2).eval()
     x = torch.randn(3, 4, 5)
     assert worst(network(x.double()), trace(network, (x,)).module(x)) <= FLOAT64
+
+
+class Mixing(nn.Module):
+    """A per-channel affine written as a matrix product, which no rule reads as one."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([0.5, -2.0, 3.0]))
+
+    def forward(self, x):
+        return (x.movedim(1, -1) @ torch.diag(self.gain)).movedim(-1, 1) + 1
+
+
+class Stated(Mixing):
+    factor = 1.0
+
+    def inference_affine(self):
+        return ChannelAffine.of(self.factor * self.gain.detach().double().numpy(), 1.0)
+
+
+class Lying(Stated):
+    factor = 1.01
+
+
+@pytest.mark.parametrize(("layer", "left"), [(Mixing, True), (Stated, False)])
+def test_a_layer_folds_by_its_own_word(layer, left):
+    network = nn.Sequential(nn.Conv2d(2, 3, 3), layer(), nn.ReLU()).eval()
+    folded, report = fold(network, (torch.rand(2, 2, 5, 5),))
+    operations = {node.target for node in folded.network.graph.nodes if node.op == "call_function"}
+    assert (torch.ops.aten.matmul.default in operations) == left
+    assert any(row.reason == "folded into '0'" for row in report.changed) != left
+    assert report.facts["float64_error"] <= 1e-15  # a fold is a handful of float64 roundings, 2^-53 each
+
+
+def test_a_layer_whose_word_is_wrong_is_named():
+    with pytest.raises(FoldError, match=r"what '1' say in inference_affine differs from the original by 0\.0"):
+        fold(nn.Sequential(nn.Conv2d(2, 3, 3), Lying()).eval(), (torch.rand(2, 2, 5, 5),))

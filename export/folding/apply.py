@@ -34,7 +34,7 @@ def fold_with_rules(traced: Traced, rules: Iterable[Rule]) -> tuple[FoldedModule
     inputs = check_inputs(traced.module)
     narrow = [FoldedModule(source, traced.interface, torch.float32) for source in (traced.program, program)]
     report.facts.update(
-        float64_error=check_float64(traced.module, wide, inputs),
+        float64_error=check_float64(traced.module, wide, inputs, traced.declared),
         float32_error_ratio=float32_error_ratio(traced.module, narrow[0], narrow[1], inputs),
         norms_found=len(norms),
         norms_folded=len(norms) - left,

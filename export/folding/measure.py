@@ -62,9 +62,23 @@ def relative_error(reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> 
     return worst
 
 
-def check_float64(truth: FoldedModule, folded: FoldedModule, inputs: Sequence[Sequence[Tensor]]) -> float:
-    """The float64 error of a fold; raises `FoldError` where it cannot be rounding."""
+def check_float64(
+    truth: FoldedModule, folded: FoldedModule, inputs: Sequence[Sequence[Tensor]], declared: Sequence[str] = ()
+) -> float:
+    """The float64 error of a fold; raises `FoldError` where it cannot be rounding.
+
+    Args:
+        truth: the network unfolded.
+        folded: the network folded, in float64.
+        inputs: batches to compare on.
+        declared: layers that were taken at their word, which the message then names.
+    """
     error = max(relative_error(truth.run_flat(batch), folded.run_flat(batch)) for batch in inputs)
+    if error > MAX_FLOAT64_ERROR and declared:
+        raise FoldError(
+            f"the network folded by what {', '.join(map(repr, declared))} say in inference_affine differs from the "
+            f"original by {error:.2g} in float64; let inference_affine state what the layer computes, or remove it"
+        )
     if error > MAX_FLOAT64_ERROR:
         raise FoldError(
             f"internal: the folded network differs from the original by {error:.2g} in float64, limit "

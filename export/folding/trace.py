@@ -18,6 +18,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from lowprec.errors import FoldError, UnsupportedError
+from lowprec.export.folding.declared import declared_affines, with_affines
 from lowprec.export.folding.examples import Examples, prepare_examples
 from lowprec.export.folding.interface import Interface
 from lowprec.export.folding.lift import lift_program
@@ -38,12 +39,15 @@ class Traced:
         interface: how it is called.
         module: the same as a callable module in float64: the truth.
         source_dtype: float64 if the network's own parameters are, else float32.
+        declared: paths of layers that `program` takes at their word (see `declared_affines`), while `module` runs
+            what they really compute, so that the float64 check also checks the word.
     """
 
     program: Program
     interface: Interface
     module: FoldedModule
     source_dtype: torch.dtype
+    declared: tuple[str, ...] = ()
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -90,9 +94,12 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any
     _widen_halves(network)
     examples = prepare_examples(network, example_inputs, dynamic_shapes, source_dtype)
     exported = _export(network, examples)
-    program = lift_program(exported, norms)
+    truth = program = lift_program(exported, norms)
     interface = _interface(network, exported, examples)
-    return Traced(program, interface, FoldedModule(program, interface, torch.float64), source_dtype)
+    if declared := declared_affines(network):
+        norms |= {path: NormLayer(training=False) for path in declared}
+        program = lift_program(_export(with_affines(network, declared), examples), norms)
+    return Traced(program, interface, FoldedModule(truth, interface, torch.float64), source_dtype, tuple(declared))
 
 
 def _refuse_training(model: nn.Module) -> None:
