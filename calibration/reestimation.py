@@ -59,9 +59,9 @@ def recompute_batch_stats(
         order = _norms_in_order(copy, batches, paths, report)
         estimates: dict[nn.Module, BatchStatistics] = {}
         for index, norm in enumerate(order):
-            estimates[norm] = _pooled_statistics(copy, norm, batches, paths[norm])
-            overwrite_statistics(norm, _as_in_training(estimates[norm]))
-            report.change(paths[norm], f"statistics of {estimates[norm].count} elements per channel")
+            estimate = estimates[norm] = _pooled_statistics(copy, norm, batches, paths[norm])
+            report.change(paths[norm], f"{estimate.count} elements per channel; {_drift(norm, estimate)}")
+            overwrite_statistics(norm, _as_in_training(estimate))
             if progress is not None:
                 progress(index + 1, len(order))
         for norm, estimate in estimates.items():
@@ -132,6 +132,20 @@ def _pooled_statistics(model: nn.Module, norm: nn.Module, batches: Iterable[Any]
     if not all(bool(torch.isfinite(value).all()) for value in values.values()):
         raise DataError(f"{path}: its input is not finite, so it has no statistics; the network overflows before it")
     return BatchStatistics(count, values)
+
+
+def _drift(norm: nn.Module, estimate: BatchStatistics) -> str:
+    """How far the running statistics were from the exact ones, the mean in multiples of the channel's own spread."""
+    (mean_name, mean_C), (spread_name, spread_C) = estimate.values.items()
+    old_mean_C, old_spread_C = getattr(norm, mean_name).double(), getattr(norm, spread_name).double()
+    power = 0.5 if spread_name == "running_var" else 1.0
+    tiny = torch.finfo(torch.float64).tiny  # a constant channel has no spread to measure by
+    off = float(((old_mean_C - mean_C).abs() / spread_C.clamp_min(tiny) ** power).max())
+    ratio_C = (old_spread_C.clamp_min(tiny) / spread_C.clamp_min(tiny)) ** power
+    return (
+        f"the running mean was off by up to {off:.3g} spreads, "
+        f"the running spread by a factor of {float(ratio_C.min()):.3g} to {float(ratio_C.max()):.3g}"
+    )
 
 
 def _as_in_training(unbiased: BatchStatistics) -> BatchStatistics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from lowprec.errors import DataError, UnsupportedError
 from lowprec.formats import FP16, FP32, FP64
 from lowprec.methods import convert
 from lowprec.models import small_resnet
-from lowprec.norm import NORMS
+from lowprec.norm import NORMS, L1BatchNorm1d
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,6 +70,17 @@ def test_pooled_statistics_equal_those_of_one_giant_batch(norm):
     assert len(report.changed) == report.facts["norms"] == 8
     assert not report.refused
     assert "3072 elements per channel" in report.changed[0].reason
+
+
+def test_the_report_says_how_far_the_running_statistics_were_off():
+    # Two values of each sign: mean 3, unbiased standard deviation 2, mean absolute deviation sqrt(3).
+    x = 3 + torch.tensor([[-1.0], [-1.0], [1.0], [1.0]], dtype=torch.float64) * 3**0.5
+    _, report = recompute_batch_stats(nn.BatchNorm1d(1).double(), [x])  # its buffers start at mean 0, variance 1
+    assert report.changed[0].reason.endswith("off by up to 1.5 spreads, the running spread by a factor of 0.5 to 0.5")
+    _, report = recompute_batch_stats(L1BatchNorm1d(1).double(), [x])
+    scale = (math.pi / 2) ** 0.5 * 3**0.5
+    expected = f"off by up to {3 / scale:.3g} spreads, the running spread by a factor of {1 / scale:.3g} to"
+    assert expected in report.changed[0].reason
 
 
 @pytest.mark.parametrize("norm", ["batch", *NORMS])

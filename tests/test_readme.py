@@ -34,12 +34,12 @@ def test_ci_runs_the_readmes_own_test_command():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a `lowprec` command on the path, whether or not the package is installed."""
+    """A folder with `lowprec` and `python` on the path, whether or not the package is installed."""
     folder = tmp_path_factory.mktemp("readme")
-    binary = folder / "bin" / "lowprec"
-    binary.parent.mkdir()
-    binary.write_text(f'#!/bin/sh\nexec {sys.executable} -m lowprec "$@"\n')
-    binary.chmod(0o755)
+    (folder / "bin").mkdir()
+    for name, command in (("lowprec", f"{sys.executable} -m lowprec"), ("python", sys.executable)):
+        (folder / "bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (folder / "bin" / name).chmod(0o755)
     return folder
 
 

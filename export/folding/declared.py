@@ -20,6 +20,9 @@ from lowprec.norm import inference_affine, is_norm
 class StatedAffine(nn.Module):
     """y = scale * x + shift per channel on axis 1, in the type of x."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, affine: ChannelAffine) -> None:
         super().__init__()
         self.register_buffer("scale", torch.from_numpy(affine.scale.copy()))

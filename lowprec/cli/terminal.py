@@ -38,7 +38,9 @@ def print_json(value: Any) -> None:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """A table: drawn on a terminal, aligned columns when piped."""
+    """A table: drawn on a terminal, aligned columns when piped; nothing without rows."""
+    if not rows:
+        return
     if _is_terminal(sys.stdout) and (rich := _rich_console(stderr=False)):
         from rich.markup import escape
         from rich.table import Table
