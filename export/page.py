@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from lowprec.export.parity import ParityReport, Stage
+from lowprec.artifacts import json_text
+from lowprec.export.parity import ParityReport
 from lowprec.report import ChangeReport
 
 _VERDICTS = {
@@ -17,44 +19,44 @@ _VERDICTS = {
 }
 
 
-def render_page(parts: Sequence[tuple[str, ParityReport, ChangeReport]], provenance: dict[str, Any]) -> str:
-    """The page; every value is escaped, so names in a model cannot become markup.
+@dataclass(frozen=True)
+class Part:
+    """One model on the page.
 
     Args:
-        parts: (title, parity, fold) per model.
-        provenance: shown at the end.
+        title: what it is called.
+        parity: how it stands.
+        folded: what was folded and what was not.
+        provenance: where it comes from.
     """
+
+    title: str
+    parity: ParityReport
+    folded: ChangeReport
+    provenance: dict[str, Any]
+
+
+def render_page(parts: Sequence[Part]) -> str:
+    """The page; every value is escaped, so names in a model cannot become markup."""
     from jinja2 import Environment
 
     source = resources.files("lowprec.export").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    models = [_model(title, parity, folded) for title, parity, folded in parts]
-    return environment.from_string(source).render(models=models, provenance=provenance)
+    models = [{"part": part, "words": _VERDICTS[part.parity.verdict], "stages": _stages(part)} for part in parts]
+    return environment.from_string(source).render(models=models, json_text=json_text)
 
 
-def _model(title: str, parity: ParityReport, folded: ChangeReport) -> dict[str, Any]:
-    return {
-        "title": title,
-        "verdict": parity.verdict,
-        "words": _VERDICTS[parity.verdict],
-        "stages": [_stage(stage) for stage in parity.stages],
-        "folded": folded.changed,
-        "refused": folded.refused,
-    }
-
-
-def _stage(stage: Stage) -> dict[str, Any]:
-    rhos = [check.value for check in stage.checks if check.name.startswith("rho:") and check.value is not None]
-    rho = max(rhos, default=None)
-    return {
-        "name": stage.name,
-        "artefact": stage.artefact,
-        "arithmetic": stage.arithmetic,
-        "verdict": stage.verdict if stage.status == "ran" else stage.status,
-        "ran": stage.status == "ran",
-        "reason": stage.reason,
-        "rho": rho,
-        # The bar is full at twice the failing limit of 6.
-        "bar": None if rho is None else max(1.0, min(100.0, 100.0 * rho / 12.0)),
-        "checks": stage.checks,
-    }
+def _stages(part: Part) -> list[dict[str, Any]]:
+    return [
+        {
+            "stage": stage,
+            "verdict": stage.verdict if stage.status == "ran" else stage.status,
+            "error": stage.worst("rms") or stage.worst("relative_error"),
+            "rho": rho,
+            "agreement": stage.worst("agreement"),
+            # The bar is full at twice the failing limit.
+            "bar": max(1.0, min(100.0, 50.0 * rho.value / rho.limit)) if rho and rho.value and rho.limit else None,
+        }
+        for stage in part.parity.stages
+        for rho in [stage.worst("rho")]
+    ]

@@ -26,7 +26,7 @@ from lowprec.export.emit import convert_precision, emit_onnx
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.folding import FoldedModule, Traced, fold_traced, trace
 from lowprec.export.golden import Golden
-from lowprec.export.page import render_page
+from lowprec.export.page import Part, render_page
 from lowprec.export.parity import Check, Limits, ParityReport, Stage
 from lowprec.export.stages import Artefact, judged, run_batched, run_stages
 from lowprec.export.truth import choose_samples, collect_batches, golden_from_trace
@@ -116,7 +116,7 @@ def export(
         step()
         origin = provenance(**(facts or {}), data_fingerprint=_fingerprint(calibration))
         write_json(work / layout.PARITY, parity.to_dict())
-        write_text(work / layout.REPORT, render_page([(folder.name, parity, fold_report)], origin))
+        write_text(work / layout.REPORT, render_page([Part(folder.name, parity, fold_report, origin)]))
         write_manifest(work, origin)
     step()
     return open_bundle(folder)
@@ -197,7 +197,7 @@ def _fold_stage(report: ChangeReport) -> Stage:
     error = float(report.facts["float64_error"])
     holds = error <= FOLD_LIMIT
     text = f"folded against trained, both in float64: relative error {error:.1e}, limit {FOLD_LIMIT:.0e}"
-    check = Check("float64_error", "pass" if holds else "fail", error, FOLD_LIMIT, text)
+    check = Check("relative_error", "pass" if holds else "fail", error, FOLD_LIMIT, text)
     return Stage("fold", "traced graph", "torch", "float64", status="ran", checks=(check,))
 
 

@@ -43,7 +43,7 @@ def measure_agreement(reference: Array, candidate: Array, context: Context) -> M
         verdict = "pass" if low >= limits.min_agreement else "fail" if high < limits.min_agreement else "inconclusive"
         if verdict == "inconclusive":
             text += _more_samples(samples_for_share(equal / n, limits.min_agreement, limits.confidence))
-    return Measured(equal / n, verdict, limits.min_agreement, text)
+    return Measured(equal / n, verdict, limits.min_agreement, text, (low, high))
 
 
 def measure_unexplained_flips(reference: Array, candidate: Array, context: Context) -> Measured | None:

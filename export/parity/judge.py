@@ -51,7 +51,8 @@ def judge(
             measured = metric.measure(wanted, found, context)
             if measured is not None:
                 text = f"{name}: {measured.text}"
-                checks.append(Check(f"{metric.name}:{name}", measured.verdict, measured.value, measured.limit, text))
+                figures = (measured.verdict, measured.value, measured.limit)
+                checks.append(Check(f"{metric.name}:{name}", *figures, text, measured.interval))
     return checks
 
 

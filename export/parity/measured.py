@@ -37,12 +37,13 @@ class Context:
 
 @dataclass(frozen=True)
 class Measured:
-    """A metric's figure, what it was held against, and one sentence."""
+    """A metric's figure, what it was held against, one sentence, and the figure's confidence interval if it has one."""
 
     value: float | None
     verdict: Verdict
     limit: float | None
     text: str
+    interval: tuple[float, float] | None = None
 
 
 def ratio(error: float, floor: float) -> float:

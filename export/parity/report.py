@@ -43,6 +43,12 @@ class Stage:
             return "fail"
         return worst([check.verdict for check in self.checks]) if self.status == "ran" else "info"
 
+    def worst(self, metric: str) -> Check | None:
+        """The check of a metric that is worst over the stage's outputs; None where it has no figure."""
+        found = [c for c in self.checks if c.name.partition(":")[0] == metric and c.value is not None]
+        sign = -1.0 if metric == "agreement" else 1.0  # the one figure in the waterfall of which more is better
+        return max(found, key=lambda check: sign * (check.value or 0.0), default=None)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for strict JSON."""
         return {

@@ -63,6 +63,7 @@ class Check:
         value: the figure, or None where there is nothing to compute it from.
         limit: what it was held against, or None.
         text: one sentence for people.
+        interval: confidence interval of the value, where it estimates a share.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Check:
     value: float | None
     limit: float | None
     text: str
+    interval: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for strict JSON: infinities and NaN become the strings inf, -inf and nan."""
@@ -79,6 +81,7 @@ class Check:
             "value": json_number(self.value),
             "limit": json_number(self.limit),
             "text": self.text,
+            "interval": None if self.interval is None else list(self.interval),
         }
 
     @classmethod
@@ -88,8 +91,11 @@ class Check:
             verdict = data["verdict"]
             if verdict not in _SEVERITY:
                 raise ValueError(verdict)
-            return cls(str(data["name"]), verdict, _number(data["value"]), _number(data["limit"]), str(data["text"]))
-        except (KeyError, TypeError, ValueError) as error:
+            figures = (_number(data["value"]), _number(data["limit"]))
+            low_high = data.get("interval")
+            interval = None if low_high is None else (float(low_high[0]), float(low_high[1]))
+            return cls(str(data["name"]), verdict, *figures, str(data["text"]), interval)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"a parity check is damaged: {error!r} in {str(data)[:80]}") from None
 
 

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from lowprec.artifacts import new_folder, write_text
     from lowprec.data import load_data
     from lowprec.export.bundle import is_bundle
-    from lowprec.export.page import render_page
+    from lowprec.export.page import Part, render_page
     from lowprec.export.pipeline import export
     from lowprec.export.sources import open_source
     from lowprec.train import Trainer, parse_config
@@ -80,17 +80,23 @@ def run(args: argparse.Namespace) -> int:
                     facts={"source": f"lowprec demo, {method}", **source.facts},
                     progress=report_progress,
                 )
-            parts.append((method, bundle.parity, bundle.fold_report))
-        write_text(work / "report.html", render_page(parts, bundle.manifest["provenance"]))
-    for method, parity, _ in parts:
-        parity_table.print_waterfall(parity, f"{method}: from the trained network to what is shipped")
+            parts.append(Part(method, bundle.parity, bundle.fold_report, bundle.manifest["provenance"]))
+        write_text(work / "report.html", render_page(parts))
+    for part in parts:
+        parity_table.print_waterfall(part.parity, f"{part.title}: from the trained network to what is shipped")
     rows = [
-        (m, f"{results[m].accuracy:.2%}", str(results[m].skipped), parity.verdict, str(output / m / "bundle"))
-        for m, parity, _ in parts
+        (
+            p.title,
+            f"{results[p.title].accuracy:.2%}",
+            str(results[p.title].skipped),
+            p.parity.verdict,
+            str(output / p.title / "bundle"),
+        )
+        for p in parts
     ]
     print_table(("method", "held-out accuracy", "skipped steps", "parity", "bundle"), rows)
     say(f"report: {output / 'report.html'} ({time.monotonic() - started:.0f} s)")
     accurate = all(result.accuracy >= MIN_ACCURACY for result in results.values())
     if not accurate:
         note(f"lowprec: held-out accuracy is below {MIN_ACCURACY:.0%}")
-    return 0 if accurate and all(parity.passed for _, parity, _ in parts) else 1
+    return 0 if accurate and all(part.parity.passed for part in parts) else 1

@@ -10,7 +10,7 @@ from lowprec.cli.terminal import print_json, print_table, say
 if TYPE_CHECKING:
     from lowprec.export.parity import Limits, ParityReport, Stage
 
-_COLUMNS = {"error": "rms", "rho": "rho", "top-1 agreement": "agreement"}
+_HEADERS = ("stage", "artefact", "backend", "arithmetic", "error", "rho", "top-1 agreement, 95 %", "verdict")
 _STATUS = {"fail": 1, "inconclusive": 3}
 
 
@@ -51,20 +51,13 @@ def show(report: ParityReport, *, as_json: bool, title: str = "") -> int:
 
 def print_waterfall(report: ParityReport, title: str = "") -> None:
     """One row per stage, in the order in which a network goes through them."""
-    headers = ("stage", "artefact", "backend", "arithmetic", *_COLUMNS, "verdict")
-    print_table(headers, [_row(stage) for stage in report.stages], title)
+    print_table(_HEADERS, [_row(stage) for stage in report.stages], title)
 
 
 def _row(stage: Stage) -> tuple[str, ...]:
-    figures = [_figure(stage, name) for name in _COLUMNS.values()]
     verdict = stage.verdict if stage.status == "ran" else stage.status
-    return (stage.name, stage.artefact, stage.backend, stage.arithmetic, *figures, verdict)
-
-
-def _figure(stage: Stage, metric: str) -> str:
-    """The worst value of a metric over the outputs of a stage."""
-    names = ("rms", "float64_error") if metric == "rms" else (metric,)
-    found = [c.value for c in stage.checks if c.name.partition(":")[0] in names and c.value is not None]
-    if not found:
-        return "-"
-    return f"{min(found):.2%}" if metric == "agreement" else f"{max(found):.3g}"
+    error, rho, agreement = stage.worst("rms") or stage.worst("relative_error"), stage.worst("rho"), "-"
+    if (share := stage.worst("agreement")) and share.interval:
+        agreement = f"{share.value:.2%} [{share.interval[0]:.2%}, {share.interval[1]:.2%}]"
+    figures = ("-" if check is None else f"{check.value:.3g}" for check in (error, rho))
+    return (stage.name, stage.artefact, stage.backend, stage.arithmetic, *figures, agreement, verdict)
