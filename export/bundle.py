@@ -40,6 +40,7 @@ ONNX_BY_PRECISION: dict[Precision, str] = {"fp32": "model.onnx", "fp16": "model.
 """File name of the ONNX artefact of each precision; fp32 is always written."""
 
 _PACKAGES = ("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "tensorrt-rtx", "safetensors")
+_GIT = ("git", "-c", "core.fsmonitor=false")  # the one setting by which a repository makes these two run a program
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -69,9 +70,12 @@ class Bundle:
             raise ArtifactError(f"the bundle {self.folder} has no {name}; it lists {', '.join(sorted(self.files))}")
         return member_path(self.folder, name)
 
-    def json(self, name: str) -> Any:
-        """A listed JSON file, parsed."""
-        return read_json(self.path(name), name)
+    def record(self, name: str) -> dict[str, Any]:
+        """A listed JSON file, parsed; raises `ArtifactError` when it does not hold an object."""
+        content = read_json(self.path(name), name)
+        if not isinstance(content, dict):
+            raise ArtifactError(f"{self.folder / name} does not hold a JSON object; it is damaged")
+        return content
 
     @property
     def onnx_artefacts(self) -> dict[str, str]:
@@ -83,12 +87,12 @@ class Bundle:
         """The parity report that was taken when the bundle was made; `verify` takes a new one."""
         from lowprec.export.parity import ParityReport
 
-        return ParityReport.from_dict(self.json(PARITY))
+        return ParityReport.from_dict(self.record(PARITY))
 
     @property
     def fold_report(self) -> ChangeReport:
         """What was folded, what was not, and why."""
-        return ChangeReport.from_dict(self.json(FOLD))
+        return ChangeReport.from_dict(self.record(FOLD))
 
     @property
     def engines(self) -> list[str]:
@@ -175,9 +179,9 @@ def provenance(**facts: Any) -> dict[str, Any]:
 def _git_commit() -> str | None:
     """Commit of the working folder, with `+changes` when it has uncommitted ones; None outside a repository."""
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        head = subprocess.run([*_GIT, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
         status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
+            [*_GIT, "status", "--porcelain", "--untracked-files=no"],
             capture_output=True, text=True, timeout=10, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):

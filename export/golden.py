@@ -66,8 +66,8 @@ class Golden:
             precision, _, rest = name.partition(".")
             by_precision.setdefault(precision, {})[rest] = value
         lengths = {value.shape[:1] for value in (*inputs.values(), *outputs.values())}
-        if len(lengths) != 1 or lengths == {()}:
-            raise ArtifactError(f"{path}: inputs and outputs differ in their number of samples; it is damaged")
+        if len(lengths) != 1 or lengths <= {(), (0,)}:
+            raise ArtifactError(f"{path}: inputs and outputs have no samples, or not equally many; it is damaged")
         floors = {precision: Floor.from_arrays(parts) for precision, parts in by_precision.items()}
         return cls(inputs, outputs, arrays.get("labels"), floors)
 

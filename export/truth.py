@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from lowprec.data import Samples, load_data
 from lowprec.errors import DataError
-from lowprec.export.float64 import Float64Graph
+from lowprec.export.float64 import Float64Graph, Kind
 from lowprec.export.golden import MAX_SAMPLES, Golden
 from lowprec.export.onnx_files import load_onnx
 from lowprec.export.parity import noise_floor
+from lowprec.export.parity.floor import DRAWS
 from lowprec.export.tensors import check_feeds
 from lowprec.formats import format_named
 
@@ -25,12 +26,18 @@ Arrays = dict[str, NDArray[Any]]
 _BATCH = 64
 _SEED = 0
 
+MIN_SAMPLES = 16
+MAX_WORK = 10**12
+"""Multiply-adds spent on the floors of one network: a minute or so on two cores, at 10 to 20 per nanosecond."""
+
 
 def golden_from_onnx(path: Path, data: str | Samples, precisions: Collection[str]) -> Golden:
     """Truth and floors of an ONNX file on at most `MAX_SAMPLES` samples of the data."""
     graph = Float64Graph(load_onnx(path))
     samples = data if isinstance(data, Samples) else load_data(data)
     feeds, labels = choose_samples(samples, [spec.name for spec in graph.inputs])
+    feeds = check_feeds(graph.inputs, feeds)
+    feeds, labels = _affordable(graph, feeds, labels, len(precisions))
     blocks = [
         graph.run({name: a[start : start + _BATCH] for name, a in feeds.items()})
         for start in range(0, len(next(iter(feeds.values()))), _BATCH)
@@ -50,6 +57,7 @@ def golden_from_trace(
     import torch
 
     feeds = check_feeds(graph.inputs, feeds)
+    feeds, labels = _affordable(graph, feeds, labels, len(precisions))
     parts: list[Sequence[torch.Tensor]] = []
     total = len(next(iter(feeds.values())))
     with torch.no_grad():
@@ -66,6 +74,26 @@ def golden_from_trace(
 def _with_floors(golden: Golden, graph: Float64Graph, precisions: Collection[str]) -> Golden:
     floors = {p: noise_floor(graph, golden.inputs, format_named(p)) for p in sorted(precisions)}
     return Golden(golden.inputs, golden.outputs, golden.labels, floors)
+
+
+def _affordable(
+    graph: Float64Graph, feeds: Arrays, labels: NDArray[np.int64] | None, precisions: int
+) -> tuple[Arrays, NDArray[np.int64] | None]:
+    """The samples that truth and floors are taken on: all, or the first that `MAX_WORK` pays for.
+
+    Work is counted, not timed, so that the same model and data give the same golden file everywhere.
+    """
+    work = 0
+
+    def add_work(name: str, kind: Kind, value: NDArray[Any], terms: int) -> NDArray[Any]:
+        nonlocal work
+        work += value.size * max(terms, 1) if kind == "node" else 0
+        return value
+
+    graph.run({name: array[:1] for name, array in feeds.items()}, add_work)
+    affordable = MAX_WORK // max(1, work * precisions * (DRAWS + 1))
+    count = max(MIN_SAMPLES, affordable)
+    return {name: array[:count] for name, array in feeds.items()}, None if labels is None else labels[:count]
 
 
 def choose_samples(samples: Samples, names: Sequence[str]) -> tuple[Arrays, NDArray[np.int64] | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lowprec.errors import ArtifactError, ConfigError
 from lowprec.export import bundle as layout
@@ -60,16 +61,16 @@ def bundle_artefacts(opened: Bundle) -> list[Artefact]:
     return found
 
 
-def _sidecar(opened: Bundle, engine: str) -> dict[str, str]:
-    sidecar = opened.json(f"{engine}.json")
-    if not isinstance(sidecar, dict) or not {"precision", "source", "source_sha256"} <= set(sidecar):
+def _sidecar(opened: Bundle, engine: str) -> dict[str, Any]:
+    sidecar = opened.record(f"{engine}.json")
+    if not all(isinstance(sidecar.get(key), str) for key in ("precision", "source", "source_sha256")):
         raise ArtifactError(f"{opened.folder}/{engine}.json does not say what {engine} was built from; it is damaged")
     return sidecar
 
 
 def _evidence(opened: Bundle) -> Stage:
     """Whether the evidence in the bundle was taken on the files that are in it."""
-    claims = [(layout.FOLD, "model.onnx", str(opened.json(layout.FOLD).get("model_onnx_sha256")))]
+    claims = [(layout.FOLD, "model.onnx", str(opened.record(layout.FOLD).get("model_onnx_sha256")))]
     for engine in opened.engines:
         sidecar = _sidecar(opened, engine)
         claims.append((f"{engine}.json", sidecar["source"], sidecar["source_sha256"]))

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 from lowprec.artifacts import sha256_of
 from lowprec.errors import ArtifactError, ConfigError, MissingDependencyError, ParityError
-from lowprec.export import verify
+from lowprec.export import truth, verify
 from lowprec.export.bundle import open_bundle
 
 WITHOUT_TORCH = """
@@ -197,3 +197,21 @@ def test_an_open_bundle_lists_what_it_holds(bundle):
     assert opened.engines == ["model.rtx.engine"]
     with pytest.raises(ArtifactError, match=r"has no model\.int8\.onnx; it lists"):
         opened.path("model.int8.onnx")
+
+
+@pytest.mark.parametrize("name", ["fold.json", "parity.json", "calibration.json", "model.rtx.engine.json"])
+@pytest.mark.parametrize("content", ["[]", "{}", "3", '{"changed": 7, "stages": 7, "inputs": 7}'])
+def test_forged_records_are_never_a_traceback(bundle, command, name, content):
+    (bundle / name).write_text(content)
+    hash_anew(bundle)
+    for verb in ("verify", "inspect"):
+        done = command(verb, bundle, cwd=bundle)
+        assert done.status in (0, 1, 2)
+        assert "Traceback" not in done.stderr
+
+
+def test_large_networks_take_fewer_golden_samples(monkeypatch, bundle):
+    """The floor's work is bounded by counting multiply-adds, here a budget that pays for no more than the minimum."""
+    monkeypatch.setattr(truth, "MAX_WORK", 1)
+    golden = truth.golden_from_onnx(bundle / "model.onnx", "digits", {"fp16"})
+    assert golden.samples == truth.MIN_SAMPLES == len(golden.labels)

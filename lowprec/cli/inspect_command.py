@@ -60,23 +60,25 @@ def examine(path: Path) -> dict[str, Any]:
 
 
 def _bundle(path: Path) -> dict[str, Any]:
-    from lowprec.export.bundle import CALIBRATION, FOLD, open_bundle
+    from lowprec.export.bundle import CALIBRATION, open_bundle
 
     bundle = open_bundle(path)
-    fold = bundle.json(FOLD)
-    origin = bundle.manifest["provenance"]
+    origin = bundle.manifest.get("provenance") or {}
     facts: dict[str, Any] = {
         "kind": "bundle, every file matches its SHA-256",
         "manifest_sha256": bundle.manifest_sha256,
-        "made": f"{origin['created']} by lowprec {origin['lowprec']}, source {origin.get('source', 'unknown')}",
+        **{key: origin.get(key) for key in ("source", "created", "lowprec", "git_commit", "data_fingerprint")},
         "artefacts": ", ".join([*bundle.onnx_artefacts.values(), *bundle.engines]),
         "parity_when_made": bundle.parity.verdict,
-        "folded": [{"place": row["name"], "how": row["reason"]} for row in fold["changed"]],
-        "not_folded": [{"place": row["name"], "why": row["reason"]} for row in fold["refused"]],
-        "fold_error_in_float64": fold["facts"]["float64_error"],
+        "folded": [{"place": row.name, "how": row.reason} for row in bundle.fold_report.changed],
+        "not_folded": [{"place": row.name, "why": row.reason} for row in bundle.fold_report.refused],
+        "fold_error_in_float64": bundle.fold_report.facts.get("float64_error"),
     }
     if CALIBRATION in bundle.files:
-        facts["fp16_headroom"] = _headroom(bundle.json(CALIBRATION))
+        try:
+            facts["fp16_headroom"] = _headroom(bundle.record(CALIBRATION))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{path / CALIBRATION} is damaged: {error!r}") from None
     return facts
 
 
