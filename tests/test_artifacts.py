@@ -37,7 +37,7 @@ def test_a_folder_appears_whole_and_replaces_only_its_own_kind(tmp_path):
         pytest.raises(ArtifactError, match="holds something else; choose another name"),
         new_folder(final, "a thing", holds_marker),
     ):
-        pass
+        pytest.fail("the work must not start when its result has no place to go")
     assert (final / "mine.txt").read_text() == "do not lose me"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

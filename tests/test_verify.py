@@ -9,9 +9,10 @@ import pytest
 from onnx import numpy_helper
 
 from lowprec.artifacts import sha256_of
-from lowprec.errors import ArtifactError, ConfigError, MissingDependencyError, ParityError
+from lowprec.errors import ArtifactError, ConfigError, DataError, MissingDependencyError, ParityError
 from lowprec.export import truth, verify
 from lowprec.export.bundle import open_bundle
+from lowprec.export.stages import match_names
 
 WITHOUT_TORCH = """
 import sys
@@ -215,3 +216,21 @@ def test_large_networks_take_fewer_golden_samples(monkeypatch, bundle):
     monkeypatch.setattr(truth, "MAX_WORK", 1)
     golden = truth.golden_from_onnx(bundle / "model.onnx", "digits", {"fp16"})
     assert golden.samples == truth.MIN_SAMPLES == len(golden.labels)
+
+
+def test_a_claim_that_so_few_samples_cannot_decide_is_status_3(bundle, command):
+    # 256 of 256 agree: the 95 % interval reaches down to 0.985, so 0.98 is proven and 0.999 is not.
+    assert command("verify", bundle, "--min-agreement", "0.98", cwd=bundle).status == 0
+    done = command("verify", bundle, "--min-agreement", "0.999", cwd=bundle)
+    assert done.status == 3
+    assert "inconclusive" in done.stdout
+    assert command("verify", bundle, "--margin", "5", cwd=bundle).status == 0
+    assert command("verify", bundle, "--margin", "0.01", cwd=bundle).status == 3
+    assert command("verify", bundle, "--margin", "500", cwd=bundle).status == 2
+
+
+def test_inputs_are_matched_by_name_or_when_there_is_only_one():
+    assert match_names(["x"], ["image"]) == {"x": "image"}
+    assert match_names(["a", "b"], ["b", "a"]) == {"a": "a", "b": "b"}
+    with pytest.raises(DataError, match=r"there are arrays for a, b, the model takes a, c; give both the same names"):
+        match_names(["a", "b"], ["a", "c"])
