@@ -114,6 +114,8 @@ def open_bundle(folder: str | Path, manifest_sha256: str | None = None) -> Bundl
     if not folder.is_dir():
         raise ArtifactError(f"no bundle at {folder}: " + ("it is a file" if folder.exists() else "no such folder"))
     path = folder / MANIFEST
+    if not path.exists():
+        raise ArtifactError(f"{folder} is not a bundle: it has no {MANIFEST}; give the folder that export wrote")
     manifest = read_json(path, "the manifest")
     _check_schema(path, manifest)
     digest = sha256_of(path)
