@@ -1,9 +1,9 @@
 """golden.npz: what any machine needs to verify a bundle without the training code.
 
 Array names: `input.NAME` and `output.NAME` (the float64 reference: the trained network before any folding), `labels`
-where there are any, and `floor.PRECISION.NAME`, the rms rounding noise of each output element when this network's
-stored values are rounded to PRECISION. The floor is measured once, at export, on the network that was trained, so a
-damaged artefact cannot widen the limits that it is judged by.
+where there are any, `floor.PRECISION.NAME`, the rms rounding noise of each output element when this network's stored
+values are rounded to PRECISION, and `sketch.*`, a few projections of every node's output. The floor is measured once,
+at export, on the network that was trained, so a damaged artefact cannot widen the limits that it is judged by.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lowprec.artifacts import read_npz, write_npz
 from lowprec.errors import ArtifactError
 from lowprec.export.parity import Floor
+from lowprec.export.sketches import Sketches
 
 MAX_SAMPLES = 256
 """Truth and floor are taken on at most this many samples."""
@@ -32,12 +33,14 @@ class Golden:
         outputs: float64, by output name.
         labels: integer class per sample, or None.
         floors: by precision name.
+        sketches: projections of every node's output, or None.
     """
 
     inputs: dict[str, NDArray[Any]]
     outputs: dict[str, NDArray[np.float64]]
     labels: NDArray[np.int64] | None = None
     floors: dict[str, Floor] = field(default_factory=dict)
+    sketches: Sketches | None = None
 
     @property
     def samples(self) -> int:
@@ -50,6 +53,8 @@ class Golden:
         arrays |= {f"output.{name}": value for name, value in self.outputs.items()}
         for precision, floor in self.floors.items():
             arrays |= {f"floor.{precision}.{name}": value for name, value in floor.to_arrays().items()}
+        if self.sketches is not None:
+            arrays |= {f"sketch.{name}": value for name, value in self.sketches.to_arrays().items()}
         if self.labels is not None:
             arrays["labels"] = self.labels
         write_npz(path, arrays)
@@ -69,7 +74,9 @@ class Golden:
         if len(lengths) != 1 or lengths <= {(), (0,)}:
             raise ArtifactError(f"{path}: inputs and outputs have no samples, or not equally many; it is damaged")
         floors = {precision: Floor.from_arrays(parts) for precision, parts in by_precision.items()}
-        return cls(inputs, outputs, arrays.get("labels"), floors)
+        sketched = _under(arrays, "sketch.")
+        sketches = Sketches.from_arrays(sketched) if sketched else None
+        return cls(inputs, outputs, arrays.get("labels"), floors, sketches)
 
 
 def _under(arrays: dict[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:

@@ -16,6 +16,14 @@ from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_t
 
 from lowprec.errors import ArtifactError
 
+MODULE_PATH = "module_path"
+"""Metadata key of a node that names the module which it came from."""
+
+
+def module_path(node: onnx.NodeProto) -> str:
+    """The path of the module that a node came from, or an empty string."""
+    return next((entry.value for entry in node.metadata_props if entry.key == MODULE_PATH), "")
+
 
 def load_onnx(path: Path | str) -> onnx.ModelProto:
     """The model of an .onnx file, weights stored beside it included.

@@ -58,5 +58,5 @@ def _stages(part: Part) -> list[dict[str, Any]]:
             "bar": max(1.0, min(100.0, 50.0 * rho.value / rho.limit)) if rho and rho.value and rho.limit else None,
         }
         for stage in part.parity.stages
-        for rho in [stage.worst("rho")]
+        for rho in [stage.worst("rho") or stage.worst("nodes")]
     ]

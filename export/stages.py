@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from lowprec.errors import DataError, LowprecError, MissingDependencyError, UnsupportedError
 from lowprec.export.backends import BACKENDS, Backend, EngineBackend, Session, backend_named
+from lowprec.export.float64 import Float64Graph
 from lowprec.export.golden import Golden
-from lowprec.export.parity import Limits, Stage, judge
+from lowprec.export.onnx_files import load_onnx, module_path
+from lowprec.export.parity import Check, Limits, Stage, judge
 from lowprec.export.parity.report import Status
+from lowprec.export.sketches import deviations
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -69,6 +73,9 @@ def run_stages(
         if progress:
             progress(done, len(jobs))
         stages.append(_run_stage(artefact, name, backend, golden, limits, suffix))
+    for artefact in artefacts:
+        if artefact.path.suffix == ".onnx":
+            stages += _node_stages(artefact, golden, limits, suffix)
     if progress:
         progress(len(jobs), len(jobs))
     return stages
@@ -87,6 +94,38 @@ def _run_stage(artefact: Artefact, name: str, backend: Backend, golden: Golden, 
     except UnsupportedError as error:
         return Stage(title, artefact.name, name, "-", status="failed to run", reason=str(error))
     return judged(title, artefact.name, name, session.arithmetic, outputs, golden, artefact.precision, limits)
+
+
+def _node_stages(artefact: Artefact, golden: Golden, limits: Limits, suffix: str) -> list[Stage]:
+    """Every node's output in float64 against its sketch: where the first one is off, the cause is.
+
+    No stage where the graph's tensors bear other names than the sketched ones, as after another exporter.
+    """
+    model = load_onnx(artefact.path)
+    if golden.sketches is None:
+        return []
+    ratios = deviations(golden.sketches, Float64Graph(model), golden.inputs, artefact.precision)
+    if not ratios:
+        return []
+    off = next((name for name, ratio in ratios.items() if ratio > limits.fail), None)
+    value = max(ratios.values()) if off is None else ratios[off]
+    if off is None:
+        text = f"{len(ratios)} node outputs are within {value:.2g} times their own rounding noise"
+    else:
+        text = f"the first node that is off is {_node_label(model, off)}, by {value:.3g} times its rounding noise"
+    check = Check("nodes", limits.band(value), value, limits.fail, text)
+    title = f"{artefact.precision} node by node{suffix}"
+    return [Stage(title, artefact.name, "reference", "float64", status="ran", checks=(check,))]
+
+
+def _node_label(model: onnx.ModelProto, tensor: str) -> str:
+    """A node by its output: its ONNX name, operator, and the module path that it came from."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    node = makers[tensor]
+    while node.op_type == "Cast" and node.input[0] in makers:  # a conversion at the edge bears the result's name
+        node = makers[node.input[0]]
+    path = module_path(node)
+    return f"{node.name or tensor!r} ({node.op_type}{f' of {path!r}' if path else ''})"
 
 
 def judged(

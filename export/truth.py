@@ -16,6 +16,7 @@ from lowprec.export.golden import MAX_SAMPLES, Golden
 from lowprec.export.onnx_files import load_onnx
 from lowprec.export.parity import noise_floor
 from lowprec.export.parity.floor import DRAWS
+from lowprec.export.sketches import take_sketches
 from lowprec.export.tensors import check_feeds
 from lowprec.formats import format_named
 
@@ -73,7 +74,8 @@ def golden_from_trace(
 
 def _with_floors(golden: Golden, graph: Float64Graph, precisions: Collection[str]) -> Golden:
     floors = {p: noise_floor(graph, golden.inputs, format_named(p)) for p in sorted(precisions)}
-    return Golden(golden.inputs, golden.outputs, golden.labels, floors)
+    sketches = take_sketches(graph, golden.inputs, precisions)
+    return Golden(golden.inputs, golden.outputs, golden.labels, floors, sketches)
 
 
 def _affordable(

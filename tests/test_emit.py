@@ -14,8 +14,8 @@ from torch import nn
 
 from lowprec.errors import UnsupportedError
 from lowprec.export.emit import convert_precision, emit_onnx
-from lowprec.export.emit.network import MODULE_PATH
 from lowprec.export.folding import fold, trace
+from lowprec.export.onnx_files import module_path
 from lowprec.formats import BF16, FP16, FP32
 
 NARROW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -124,8 +124,8 @@ class TestEmit:
         assert emit_onnx(loaded).SerializeToString() == model.SerializeToString()
 
     def test_nodes_carry_module_paths(self, model):
-        paths = {node.op_type: _path(node) for node in model.graph.node}
-        assert [_path(node) for node in model.graph.node if node.op_type == "Conv"] == ["stem", "block.conv"]
+        paths = {node.op_type: module_path(node) for node in model.graph.node}
+        assert [module_path(node) for node in model.graph.node if node.op_type == "Conv"] == ["stem", "block.conv"]
         assert paths["Relu"] == "block"
         assert paths["Gemm"] == "fc"
         assert paths["BatchNormalization"] == "pre"
@@ -158,10 +158,6 @@ class TestEmit:
         assert capfd.readouterr() == ("", "")
 
 
-def _path(node):
-    return next((entry.value for entry in node.metadata_props if entry.key == MODULE_PATH), "")
-
-
 @pytest.mark.parametrize("fmt", [FP16, BF16], ids=lambda fmt: fmt.name)
 class TestConvertPrecision:
     def test_every_computation_is_narrow_and_the_edges_are_float32(self, model, fmt):
@@ -183,7 +179,7 @@ class TestConvertPrecision:
 
     def test_module_paths_stay(self, model, fmt):
         narrow, _ = convert_precision(model, fmt)
-        assert [_path(node) for node in narrow.graph.node if node.op_type == "Conv"] == ["stem", "block.conv"]
+        assert [module_path(node) for node in narrow.graph.node if node.op_type == "Conv"] == ["stem", "block.conv"]
 
     def test_constants_are_rounded_once(self, model, fmt):
         narrow, _ = convert_precision(model, fmt)

@@ -12,6 +12,10 @@ from lowprec.artifacts import sha256_of
 from lowprec.errors import ArtifactError, ConfigError, DataError, MissingDependencyError, ParityError
 from lowprec.export import truth, verify
 from lowprec.export.bundle import open_bundle
+from lowprec.export.float64 import Float64Graph
+from lowprec.export.golden import Golden
+from lowprec.export.onnx_files import module_path
+from lowprec.export.sketches import Sketches, deviations
 from lowprec.export.stages import match_names
 
 WITHOUT_TORCH = """
@@ -234,3 +238,41 @@ def test_inputs_are_matched_by_name_or_when_there_is_only_one():
     assert match_names(["a", "b"], ["b", "a"]) == {"a": "a", "b": "b"}
     with pytest.raises(DataError, match=r"there are arrays for a, b, the model takes a, c; give both the same names"):
         match_names(["a", "b"], ["a", "c"])
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.fp16.onnx"])
+def test_the_first_node_that_is_off_is_named(bundle, file):
+    """A planted defect of 2 % in any convolution or product: the report names that node by its module path."""
+    whole, model = (bundle / file).read_bytes(), onnx.load(bundle / file)
+    weights = {t.name: i for i, t in enumerate(model.graph.initializer)}
+    planted = [(node, weights[node.input[1]]) for node in model.graph.node if node.op_type in ("Conv", "Gemm")]
+    assert len(planted) >= 8
+    for node, index in planted:
+        (bundle / file).write_bytes(whole)
+        scale_weight(bundle / file, index, 1.02)
+        hash_anew(bundle, bind=True)
+        report = verify(bundle, backends=["reference"])
+        (stage,) = [s for s in report.stages if s.artefact == file and s.name.endswith("node by node")]
+        assert stage.verdict == "fail"
+        expected = f"the first node that is off is '{node.name}' ({node.op_type} of '{module_path(node)}')"
+        assert stage.checks[0].text.startswith(expected)
+
+
+def test_sketches_survive_storage_and_refuse_damage(bundle):
+    golden = Golden.load(bundle / "golden.npz")
+    assert len(golden.sketches.names) == golden.sketches.values.shape[0] >= 20
+    arrays = golden.sketches.to_arrays()
+    for broken in ({}, {**arrays, "names": arrays["names"][1:]}, {**arrays, "values": arrays["values"].astype(int)}):
+        with pytest.raises(ArtifactError, match="the node sketches are incomplete"):
+            Sketches.from_arrays(broken)
+
+
+def test_a_sketch_is_as_large_as_the_rms_of_what_it_stands_for(bundle):
+    graph = Float64Graph(onnx.load(bundle / "model.onnx"))
+    golden = Golden.load(bundle / "golden.npz")
+    (name,) = golden.outputs
+    sketch = dict(zip(golden.sketches.names, golden.sketches.values, strict=True))[name]
+    rms = np.sqrt(np.mean(golden.outputs[name][:4] ** 2))
+    # 32 projections: the rms of so many has a relative standard deviation of at most sqrt(2 / 32) = 0.25; 4 of these.
+    assert 0 < abs(np.sqrt(np.mean(sketch**2)) / rms) < 2
+    assert deviations(golden.sketches, graph, golden.inputs, "fp32")[name] == 0

@@ -20,9 +20,9 @@ import lowprec
 from lowprec.errors import UnsupportedError
 from lowprec.export.folding.module import FoldedModule
 from lowprec.export.folding.quiet import quiet_exporter
+from lowprec.export.onnx_files import MODULE_PATH
 
 # Under which key a node's metadata says which module of the original network it comes from.
-MODULE_PATH = "module_path"
 # The newest opset that torch.onnx writes by itself; IR 10 is the version that belongs to opsets 21 to 22, the newest
 # one that every supported onnxruntime (1.20 on) reads.
 DEFAULT_OPSET = 20

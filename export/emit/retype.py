@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import onnx
 from onnx import TensorProto, helper
 
-from lowprec.export.emit.network import MODULE_PATH
 from lowprec.export.emit.node_types import ELEMENT_TYPES, Typing, is_idle_cast
 from lowprec.export.emit.rounding import round_tensor
+from lowprec.export.onnx_files import module_path
 from lowprec.formats import FP32, FloatFormat
 from lowprec.report import ChangeReport
 
@@ -167,4 +167,4 @@ class Rewriter:
 
 def _place(node: onnx.NodeProto) -> str:
     """The module path where the node has one, else its name."""
-    return next((entry.value for entry in node.metadata_props if entry.key == MODULE_PATH), node.name)
+    return module_path(node) or node.name

@@ -138,7 +138,7 @@ def perturbed(
         return np.asarray(np.where((x != 0) & np.isfinite(x), x + noise, x), np.float64)
 
 
-class _Draw:
+class RoundingDraw:
     """Perturbs the stored values of one evaluation; the draws depend on a value's name, not on its turn.
 
     Weights draw the same in every block of samples, the others anew in each.
@@ -150,6 +150,7 @@ class _Draw:
         self._start = start
 
     def __call__(self, name: str, kind: Kind, value: Array, terms: int) -> Array:
+        """The value after one random rounding; values that are moved or selected, and exact ones, stay."""
         storage, accumulator = self._formats
         if value.dtype.kind != "f" or (kind == "node" and terms == 0):
             return value
@@ -207,7 +208,7 @@ def noise_floor(
         for draw in range(draws):
             if progress:
                 progress(index * (draws + 1) + draw + 1, total)
-            squares.add(graph.run(block, _Draw(storage, accumulator, seed, draw, start)))
+            squares.add(graph.run(block, RoundingDraw(storage, accumulator, seed, draw, start)))
         parts.append(squares.rms())
     if progress:
         progress(total, total)
