@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lowprec.calibration.batches import Progress, checked_batches, evaluating, run_until
 from lowprec.errors import DataError, UnsupportedError
 from lowprec.functional import reduced_axes
-from lowprec.norm import ScaleBatchNorm, is_norm, running_statistics
+from lowprec.norm import AbsoluteBatchNorm, ScaleBatchNorm, is_norm, running_statistics
 from lowprec.report import ChangeReport
 from lowprec.statistics import BatchStatistics, merge, overwrite_statistics
 
@@ -112,7 +112,8 @@ def _pooled_statistics(model: nn.Module, norm: nn.Module, batches: Iterable[Any]
 
     _pass(model, norm, batches, add_moments)
     count, mean_C = moments[0].count, moments[0].values["mean"]
-    if isinstance(norm, ScaleBatchNorm):
+    found = {"mean": mean_C, "variance": moments[0].values["variance"]}
+    if isinstance(norm, AbsoluteBatchNorm):
         estimator, seen = norm.scale_estimator(mean_C), [0]
 
         def add_deviations(x_NCX: Tensor) -> None:
@@ -124,11 +125,10 @@ def _pooled_statistics(model: nn.Module, norm: nn.Module, batches: Iterable[Any]
             raise DataError(
                 f"{path}: one pass gave {count} elements per channel and the next {seen[0]}; fix the batches"
             )
-        values = {"running_mean": mean_C, "running_scale": estimator.scale()}
-    else:
-        values = {"running_mean": mean_C, "running_var": moments[0].values["variance"]}
+        found["scale"] = estimator.scale()
     if count < 2:
         raise DataError(f"{path}: one element per channel has no spread; give more samples")
+    values = {name: found[kind] for name, kind in (running_statistics(norm) or {}).items()}
     if not all(bool(torch.isfinite(value).all()) for value in values.values()):
         raise DataError(f"{path}: its input is not finite, so it has no statistics; the network overflows before it")
     return BatchStatistics(count, values)
@@ -136,8 +136,12 @@ def _pooled_statistics(model: nn.Module, norm: nn.Module, batches: Iterable[Any]
 
 def _drift(norm: nn.Module, estimate: BatchStatistics) -> str:
     """How far the running statistics were from the exact ones, the mean in multiples of the channel's own spread."""
-    (mean_name, mean_C), (spread_name, spread_C) = estimate.values.items()
-    old_mean_C, old_spread_C = getattr(norm, mean_name).double(), getattr(norm, spread_name).double()
+    (mean_name, mean_C), *spreads = estimate.values.items()
+    old_mean_C = getattr(norm, mean_name).double()
+    if not spreads:
+        return f"the running mean was off by up to {float((old_mean_C - mean_C).abs().max()):.3g}"
+    spread_name, spread_C = spreads[0]
+    old_spread_C = getattr(norm, spread_name).double()
     power = 0.5 if spread_name == "running_var" else 1.0
     tiny = torch.finfo(torch.float64).tiny  # a constant channel has no spread to measure by
     off = float(((old_mean_C - mean_C).abs() / spread_C.clamp_min(tiny) ** power).max())

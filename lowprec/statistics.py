@@ -46,11 +46,11 @@ class BatchStatistics:
     """What one batch leaves in the running buffers at momentum 1.
 
     Args:
-        count: elements reduced per channel, n.
+        count: elements reduced per channel, n; a 0-d tensor where other processes had a part in it.
         values: (C,) per buffer name; a variance is the unbiased one (n - 1), as torch stores it.
     """
 
-    count: int
+    count: int | Tensor
     values: dict[str, Tensor]
 
 
@@ -65,8 +65,9 @@ def merge(kinds: Mapping[str, Kind], parts: Sequence[BatchStatistics]) -> BatchS
     """
     if len(parts) == 1:
         return parts[0]
-    count = sum(part.count for part in parts)
-    share = [part.count / count for part in parts]
+    counts = [int(part.count) for part in parts]
+    count = sum(counts)
+    share = [n / count for n in counts]
     means = {name: _weighted(parts, name, share) for name, kind in kinds.items() if kind == "mean"}
     values = {}
     for name, kind in kinds.items():
@@ -95,7 +96,8 @@ def _pooled_variance(parts: Sequence[BatchStatistics], name: str, means: Mapping
 def write_statistics(module: nn.Module, batch: BatchStatistics, landed: bool | Tensor = True) -> None:
     """Moves the running buffers of `module` towards one batch: the only place where running buffers are written.
 
-    buffer <- (1 - f) * buffer + f * value, computed in float64, f = momentum, or 1 / (batches so far + 1) for momentum
+    buffer <- (1 - f) * buffer + f * value, computed in float64 (with every step rounded to the module's `stats_dtype`
+    where it has one), f = momentum, or 1 / (batches so far + 1) for momentum
     None (a plain average), as torch has it. `num_batches_tracked` grows by one.
 
     Args:
@@ -106,9 +108,10 @@ def write_statistics(module: nn.Module, batch: BatchStatistics, landed: bool | T
     if landed is False:
         return
     factor = _averaging_factor(module)
+    dtype = getattr(module, "stats_dtype", None) or torch.float64
     for name, value in batch.values.items():
         buffer = getattr(module, name)
-        moved = ((1 - factor) * buffer.double() + factor * value.to(buffer.device).double()).to(buffer.dtype)
+        moved = ((1 - factor) * buffer.to(dtype) + factor * value.to(buffer.device, dtype)).to(buffer.dtype)
         buffer.copy_(moved if landed is True else torch.where(landed.to(buffer.device), moved, buffer))
     tracked = getattr(module, "num_batches_tracked", None)
     if tracked is not None and not isinstance(module, _InstanceNorm):
@@ -177,7 +180,7 @@ class HeldStatistics:
     def _hooked(self, take: Callable[[nn.Module, BatchStatistics], None]) -> Iterator[None]:
         def swap_out(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             batch = self._swap_out(module)
-            if batch is not None and output is not None:  # torch passes None when the forward raised
+            if batch is not None and output is not None and int(batch.count):  # None: the forward raised; 0: no sample
                 take(module, batch)
 
         handles = []
@@ -232,7 +235,8 @@ class HeldStatistics:
         _set_momentum(module, swapped.momentum)
         kinds = running_statistics(module) or {}
         values = {name: value for name in kinds if (value := scratch[name]) is not None}
-        return BatchStatistics(swapped.count, values)
+        joined = vars(module).get("joined_count")  # of all processes, where the module says so
+        return BatchStatistics(swapped.count if joined is None else joined, values)
 
 
 def _set_momentum(module: Any, momentum: float | None) -> None:

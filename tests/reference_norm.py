@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.formats import FloatFormat
+from lowprec.formats import FloatFormat, round_to
 
 Array = NDArray[np.float64]
 
@@ -30,6 +30,39 @@ def l1_statistics(x: Array, eps: float) -> tuple[Array, Array]:
         means.append(mean)
         scales.append(math.sqrt(math.pi / 2) * math.fsum(abs(v - mean) for v in values) / len(values) + eps)
     return np.array(means), np.array(scales)
+
+
+def topk_statistics(x: Array, eps: float, k: int = 10) -> tuple[Array, Array]:
+    """Sorts everything; the constant from its two bounds of the expected maximum, one reciprocal each, averaged."""
+    means, scales = [], []
+    for index in range(x.shape[1]):
+        values = channel(x, index)
+        n = len(values)
+        mean = math.fsum(values) / n
+        largest = sorted((abs(v - mean) for v in values), reverse=True)[:k]
+        lower, upper = math.sqrt(math.log(n) / (math.pi * math.log(2))), math.sqrt(2 * math.log(n))
+        means.append(mean)
+        scales.append((1 / lower + 1 / upper) / 2 * math.fsum(largest) / len(largest) + eps)
+    return np.array(means), np.array(scales)
+
+
+def linf_statistics(x: Array, eps: float) -> tuple[Array, Array]:
+    return topk_statistics(x, eps, 1)
+
+
+def l2_statistics(x: Array, eps: float) -> tuple[Array, Array]:
+    means, scales = [], []
+    for index in range(x.shape[1]):
+        values = channel(x, index)
+        mean = math.fsum(values) / len(values)
+        means.append(mean)
+        scales.append(math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values) + eps))
+    return np.array(means), np.array(scales)
+
+
+def l2_running(scale: Array, eps: float, count: int) -> Array:
+    """The unbiased variance that torch keeps, from the scale that it divides by."""
+    return (scale**2 - eps) * count / (count - 1)
 
 
 def normalised(x: Array, mean: Array, scale: Array, gamma: Array, beta: Array) -> Array:
@@ -74,3 +107,53 @@ def rows(weight: Array, groups: int = 1, transposed: bool = False) -> list[Array
         block = weight[inputs, output] if transposed else weight[output, inputs]
         found.append(np.ravel(block))
     return found
+
+
+def rounded_sum(values: Array, fmt: FloatFormat, accumulation: str) -> float:
+    """The sum with every partial sum rounded: one after the other, or neighbours first ("tree")."""
+    partial = list(values)
+    if accumulation == "naive":
+        total = 0.0
+        for value in partial:
+            total = float(round_to(total + value, fmt))
+        return total
+    while len(partial) > 1:
+        odd = [partial.pop()] if len(partial) % 2 else []
+        partial = [float(round_to(a + b, fmt)) for a, b in zip(partial[::2], partial[1::2], strict=True)] + odd
+    return float(partial[0])
+
+
+def rounded_mean(values: Array, fmt: FloatFormat, accumulation: str) -> float:
+    """The sum of value / n, each quotient and each partial sum rounded."""
+    return rounded_sum(round_to(np.asarray(values) / len(values), fmt), fmt, accumulation)
+
+
+def rounded_statistics(name: str, x: Array, eps: float, fmt: FloatFormat, accumulation: str) -> tuple[Array, Array]:
+    """Mean and scale of `name` (running variance for l2) with every intermediate rounded to `fmt`."""
+
+    def rounded(value: Array | float) -> Array:
+        return round_to(value, fmt)
+
+    means, spreads = [], []
+    for index in range(x.shape[1]):
+        values = rounded(channel(x, index))
+        n = len(values)
+        mean = rounded_mean(values, fmt, accumulation)
+        if math.isfinite(mean):
+            mean = min(max(mean, values.min()), values.max())
+        d = rounded(values - mean)
+        constant = (1 / math.sqrt(math.log(n) / (math.pi * math.log(2))) + 1 / math.sqrt(2 * math.log(n))) / 2
+        if name == "l1":
+            average = rounded_mean(np.abs(d), fmt, accumulation)
+            spread = rounded(rounded(math.sqrt(math.pi / 2) * average) + eps)
+        elif name == "l2":
+            average = rounded_mean(rounded(d * d), fmt, accumulation)
+            spread = rounded(average * (n / (n - 1)))
+        else:
+            k = {"linf": 1, "topk": min(10, n)}[name]
+            largest = np.sort(np.abs(d))[::-1][:k]
+            average = rounded_mean(largest, fmt, accumulation) if k > 1 else largest[0]
+            spread = rounded(rounded(constant * average) + eps)
+        means.append(mean)
+        spreads.append(spread)
+    return np.array(means, np.float64), np.array(spreads, np.float64)

@@ -22,13 +22,19 @@ from lowprec.norm import NORMS, L1BatchNorm1d, L1BatchNorm2d
 from lowprec.precision import Precision
 from lowprec.precision.masters import master_of
 
-# For every method: a network that it converts, and the options to use.
+# For every module method: a network that it converts, and the options to use. Step methods: tests/test_step_methods.py.
 CASES = {
     "l1": (lambda: small_resnet(width=4), {}),
+    "linf": (lambda: small_resnet(width=4), {}),
+    "topk": (lambda: small_resnet(width=4), {"k": 5}),
+    "l2_half": (lambda: small_resnet(width=4), {}),
     "bounded_weight_norm": (lambda: small_resnet(width=4), {"skip": ["classifier"]}),
+    "weight_norm_lp": (lambda: small_resnet(width=4), {"p": "topk", "k": 4, "sphere": True}),
+    "mean_only": (lambda: small_resnet(width=4), {}),
     "mimic_norm": (lambda: small_resnet(width=8), {}),
 }
-over_methods = pytest.mark.parametrize("name", METHODS)
+MODULE_METHODS = [name for name, method in METHODS.items() if method.kind == "module"]
+over_methods = pytest.mark.parametrize("name", MODULE_METHODS)
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +59,8 @@ def train(model, optimizer, steps=3):
 
 
 def test_every_method_has_a_case():
-    assert set(CASES) == set(METHODS)
-    assert METHODS
+    assert set(CASES) == set(MODULE_METHODS)
+    assert MODULE_METHODS
     assert all(name == method.name and method.summary and method.source for name, method in METHODS.items())
 
 
@@ -182,9 +188,7 @@ class Subclass(nn.BatchNorm2d):
 
 def test_l1_replaces_torchs_own_classes_and_gives_a_reason_for_the_others():
     shared = nn.BatchNorm2d(2, eps=0.5, momentum=None)
-    model = nn.Sequential(
-        shared, nn.Sequential(shared), Subclass(2), nn.SyncBatchNorm(2), nn.GroupNorm(1, 2), L1BatchNorm2d(2)
-    )
+    model = nn.Sequential(shared, nn.Sequential(shared), Subclass(2), nn.GroupNorm(1, 2), L1BatchNorm2d(2))
     model[0].weight.requires_grad_(False)
     model[0].running_mean.fill_(3)
     model[0].num_batches_tracked.fill_(7)
@@ -198,11 +202,10 @@ def test_l1_replaces_torchs_own_classes_and_gives_a_reason_for_the_others():
     assert [row.name for row in report.changed] == ["0 = 1.0"]
     assert "running_scale starts at 1" in report.changed[0].reason
     reasons = {row.name: row.reason for row in report.refused}
-    assert set(reasons) == {"2", "3", "4", "5"}
+    assert set(reasons) == {"2", "3", "4"}
     assert "subclass" in reasons["2"]
-    assert "SyncBatchNorm" in reasons["3"]
-    assert "not a batch norm" in reasons["4"]
-    assert "already" in reasons["5"]
+    assert "not a batch norm" in reasons["3"]
+    assert "already" in reasons["4"]
     assert set(converted.state_dict()) == {
         key.replace("0.running_var", "0.running_scale") for key in model.state_dict()
     }

@@ -13,11 +13,25 @@ from torch import nn
 
 from lowprec.formats import BF16, FP16, FP32, FP64
 from lowprec.functional import accumulation_dtype, l1_batch_norm
-from lowprec.norm import NORMS, L1BatchNorm1d, L1BatchNorm2d, inference_affine, is_norm, running_statistics
+from lowprec.norm import (
+    NORMS,
+    AbsoluteBatchNorm,
+    L1BatchNorm1d,
+    L1BatchNorm2d,
+    inference_affine,
+    is_norm,
+    running_statistics,
+)
 
 # The float64 reference of each norm's statistics.
-REFERENCES = {"l1": reference.l1_statistics}
+REFERENCES = {
+    "l1": reference.l1_statistics,
+    "linf": reference.linf_statistics,
+    "topk": reference.topk_statistics,
+    "l2": reference.l2_statistics,
+}
 SHAPES = {1: (6, 3, 5), 2: (4, 3, 3, 5), 3: (3, 3, 2, 3, 2)}
+STREAMED = ("l1", "linf", "topk")
 CASES = [(name, dimension) for name, family in NORMS.items() for dimension in family.classes]
 FORMATS = {torch.float64: FP64, torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
 over_cases = pytest.mark.parametrize(("name", "dimension"), CASES)
@@ -43,8 +57,19 @@ def elements(dimension):
     return int(np.prod(SHAPES[dimension])) // 3
 
 
+def spread(norm):
+    """The running buffer that is not the mean."""
+    return getattr(norm, next(name for name, kind in norm.running_kinds.items() if kind != "mean"))
+
+
+def running_spread(norm, scale, count):
+    """What a batch of this scale leaves in it."""
+    return reference.l2_running(scale, norm.eps, count) if "running_var" in norm.running_kinds else scale
+
+
 def test_every_norm_has_a_reference_and_three_dimensions():
     assert set(REFERENCES) == set(NORMS)
+    assert {name for name in NORMS if issubclass(NORMS[name].classes[1], AbsoluteBatchNorm)} == set(STREAMED)
     assert NORMS
     assert all(set(family.classes) == {1, 2, 3} and family.name == name for name, family in NORMS.items())
 
@@ -65,7 +90,10 @@ def test_training_output_and_statistics_equal_the_reference(name, dimension, dty
     np.testing.assert_allclose(norm.running_mean, mean, rtol=bound)
     # x - mean cancels: the error of the mean and of x is relative to |x|, the scale is smaller than |x| by this much.
     cancellation = float(np.max(np.abs(x64).max((0, *range(2, x64.ndim))) / scale))
-    np.testing.assert_allclose(norm.running_scale, scale, rtol=bound * cancellation)
+    # The variance has the square of the scale's error.
+    np.testing.assert_allclose(
+        spread(norm), running_spread(norm, scale, elements(dimension)), rtol=2 * bound * cancellation
+    )
     # The result is rounded once to the format of x; everything before is wide. Zero crossings: relative to the largest.
     atol = (bound * cancellation + FORMATS[dtype].unit_roundoff) * np.abs(want).max()
     np.testing.assert_allclose(y.detach().double(), want, rtol=0, atol=atol)
@@ -117,7 +145,7 @@ def test_evaluation_is_the_affine_that_inference_affine_says(name, dimension):
     atol = reference.rounding_bound(FP64) * np.abs(x.numpy() * affine.scale.reshape(shape)).max()
     np.testing.assert_allclose(norm(x).detach(), want, rtol=0, atol=atol)
     bare = NORMS[name].classes[dimension](3, affine=False).eval()
-    assert np.array_equal(inference_affine(bare).scale, np.ones(3))
+    assert np.array_equal(inference_affine(bare).scale, np.full(3, 1 / np.sqrt(1 + 1e-5) if name == "l2" else 1.0))
     untracked = make(name, dimension, track_running_stats=False).eval()
     assert inference_affine(untracked) is None
 
@@ -132,15 +160,16 @@ def test_running_statistics_follow_with_torchs_meaning_of_momentum(name, dimensi
     for part, (part_mean, part_scale) in zip(x, parts, strict=True):
         norm(part)
         average(part)
+        part_scale = running_spread(norm, part_scale, elements(dimension))
         mean, scale = 0.75 * mean + 0.25 * part_mean, 0.75 * scale + 0.25 * part_scale
     bound = reference.rounding_bound(FP64, elements(dimension))
     np.testing.assert_allclose(norm.running_mean, mean, rtol=bound)
-    np.testing.assert_allclose(norm.running_scale, scale, rtol=10 * bound)  # |x| is up to ten scales
+    np.testing.assert_allclose(spread(norm), scale, rtol=20 * bound)  # |x| is up to ten scales, the variance a square
     np.testing.assert_allclose(average.running_mean, np.mean([p[0] for p in parts], 0), rtol=bound)
     assert int(norm.num_batches_tracked) == 3
     norm.reset_running_stats()
     assert norm.running_mean.tolist() == [0, 0, 0]
-    assert norm.running_scale.tolist() == [1, 1, 1]
+    assert spread(norm).tolist() == [1, 1, 1]
     assert int(norm.num_batches_tracked) == 0
 
 
@@ -153,6 +182,9 @@ def test_evaluation_approaches_training_as_the_average_does(name, dimension):
     # What is left of the start after 30 steps is 2^-30 of the distance from (0, 1) to the statistics.
     mean, scale = REFERENCES[name](x.numpy(), norm.eps)
     left = 2.0**-30 * (np.abs(mean) + np.abs(scale - 1)).max() / scale.min() * trained.abs().max()
+    if "running_var" in norm.running_kinds:  # evaluation uses the unbiased variance, training the biased one
+        norm.running_var.mul_((elements(dimension) - 1) / elements(dimension))
+        left *= 2 / scale.min()
     assert (norm(x) - trained).abs().max() <= 2 * left
 
 
@@ -168,7 +200,7 @@ def test_without_running_statistics_evaluation_uses_the_batch(name, dimension):
 def test_constructor_state_and_copies_are_as_in_torch(name, dimension):
     cls, torch_cls = NORMS[name].classes[dimension], (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimension - 1]
     for options in ({}, {"affine": False}, {"bias": False}, {"track_running_stats": False}):
-        ours = {key.replace("scale", "var") for key in cls(3, **options).state_dict()}
+        ours = {key.replace("running_scale", "running_var") for key in cls(3, **options).state_dict()}
         assert ours == set(torch_cls(3, **options).state_dict())
     norm = make(name, dimension)
     norm(data(dimension))
@@ -209,7 +241,7 @@ def test_channels_last_goes_in_and_comes_out(name):
 @over_cases
 def test_explicit_half_is_followed_and_still_computed_wide(name, dimension):
     norm, x = make(name, dimension, dtype=torch.float32).half(), data(dimension, torch.float16)
-    assert norm.running_scale.dtype == torch.float16
+    assert norm.running_mean.dtype == spread(norm).dtype == torch.float16
     wide = make(name, dimension, dtype=torch.float32)
     assert torch.equal(norm(x), wide(x))
     assert norm(x.double()).dtype == torch.float64
@@ -240,7 +272,7 @@ def test_evaluation_is_exported_with_a_dynamic_batch(name, dimension):
     assert torch.equal(program.module()(other), model(other))
 
 
-@over_cases
+@pytest.mark.parametrize(("name", "dimension"), [case for case in CASES if case[0] in STREAMED])
 def test_streamed_scale_equals_the_scale_of_everything(name, dimension):
     norm, x = make(name, dimension), data(dimension)
     mean, scale = REFERENCES[name](x.numpy(), norm.eps)
@@ -318,7 +350,8 @@ def test_inference_affine_is_none_where_it_is_not_known():
 
 def test_is_norm_knows_the_layers_that_stay_wide():
     norms = [nn.BatchNorm1d(2), nn.SyncBatchNorm(2), nn.InstanceNorm2d(2), nn.GroupNorm(1, 2), nn.LayerNorm(2)]
-    assert all(map(is_norm, [*norms, nn.RMSNorm(2), L1BatchNorm2d(2), _Other(2)]))
+    ours = [family.classes[2](2) for family in NORMS.values()]
+    assert all(map(is_norm, [*norms, nn.RMSNorm(2), *ours, _Other(2)]))
     assert not any(map(is_norm, [nn.Linear(2, 2), nn.Conv2d(1, 1, 1), nn.Identity(), nn.ReLU()]))
 
 

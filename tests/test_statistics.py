@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lowprec.formats import FP32, FP64
-from lowprec.norm import L1BatchNorm2d, running_statistics
+from lowprec.norm import NORMS, L1BatchNorm2d, running_statistics
 from lowprec.statistics import BatchStatistics, HeldStatistics, merge, overwrite_statistics, write_statistics
 
 KINDS = {"m": "mean", "v": "variance", "s": "scale"}
@@ -189,6 +189,43 @@ def test_a_forward_that_raises_puts_the_buffers_back():
     assert model[0].running_mean is mean
     assert model[0].momentum == 0.1
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(3), *(family.classes[2](3) for family in NORMS.values())])
+def test_a_batch_without_samples_adds_nothing(norm):
+    plain, held = copy.deepcopy(norm), HeldStatistics(norm)
+    with held.forward():
+        norm(inputs()[:0])
+    held.commit()
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in norm.state_dict().items())
+    plain(inputs())
+    for part in (inputs()[:0], inputs()):
+        with held.forward():
+            norm(part)
+    held.commit()
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(norm.state_dict()[key], value, rtol=reference.rounding_bound(FP32), atol=FP32.eps)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_every_norm_is_held_and_its_micro_batches_merge_by_kind(name):
+    norm = NORMS[name].classes[2](3, momentum=1.0, dtype=torch.float64)
+    parts = inputs(size=6).double().split([1, 2, 3])
+    each = []
+    for part in parts:
+        norm(part)
+        values = {key: getattr(norm, key).clone() for key in norm.running_kinds}
+        each.append(BatchStatistics(part.numel() // 3, values))
+    want = merge(norm.running_kinds, each)
+    norm.reset_running_stats()
+    held = HeldStatistics(norm)
+    for part in parts:
+        with held.forward():
+            norm(part)
+    assert norm.running_mean.tolist() == [0, 0, 0]
+    held.commit()
+    for key, value in want.values.items():
+        torch.testing.assert_close(getattr(norm, key), value, rtol=reference.rounding_bound(FP64), atol=0)
 
 
 class Checkpointed(nn.Module):

@@ -56,7 +56,9 @@ def print_waterfall(report: ParityReport, title: str = "") -> None:
 
 def _row(stage: Stage) -> tuple[str, ...]:
     verdict = stage.verdict if stage.status == "ran" else stage.status
-    error, rho, agreement = stage.worst("rms") or stage.worst("relative_error"), stage.worst("rho") or stage.worst("nodes"), "-"
+    error = stage.worst("rms") or stage.worst("relative_error")
+    rho = stage.worst("rho") or stage.worst("nodes")
+    agreement = "-"
     if (share := stage.worst("agreement")) and share.interval:
         agreement = f"{share.value:.2%} [{share.interval[0]:.2%}, {share.interval[1]:.2%}]"
     figures = ("-" if check is None else f"{check.value:.3g}" for check in (error, rho))

@@ -12,13 +12,19 @@ import torch
 from torch import nn
 
 from lowprec.errors import ConfigError, UnsupportedError
-from lowprec.methods.bounded import convert_bounded_weight_norm
-from lowprec.methods.l1 import convert_l1
+from lowprec.methods.bounded import attach_bounded_weight_norm, convert_bounded_weight_norm
+from lowprec.methods.mean_only import convert_mean_only
 from lowprec.methods.method import Handle, Method, check_options, nearest_hint, options_of
 from lowprec.methods.mimic_norm import attach_mimic_norm, convert_mimic_norm
+from lowprec.methods.norm_record import NormRecord
+from lowprec.methods.norm_schedule import attach_norm_schedule
+from lowprec.methods.recording import Recorder, record_norms
+from lowprec.methods.replace_norm import convert_l1, convert_l2_half, convert_linf, convert_topk
+from lowprec.methods.wd_mimic import attach_wd_mimic
+from lowprec.methods.weight_norm_lp import attach_weight_norm_lp, convert_weight_norm_lp
 from lowprec.report import ChangeReport
 
-__all__ = ["METHODS", "Handle", "Method", "attach", "convert"]
+__all__ = ["METHODS", "Handle", "Method", "NormRecord", "Recorder", "attach", "convert", "record_norms"]
 
 _NORM_MATTERS = "Hoffer, Banner, Golan, Soudry, Norm matters, NeurIPS 2018"
 
@@ -26,12 +32,43 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("l1", "module", "batch norms become L1 batch norms", _NORM_MATTERS, convert_l1),
+        Method("linf", "module", "batch norms become L-infinity batch norms", _NORM_MATTERS, convert_linf),
+        Method(
+            "topk",
+            "module",
+            "batch norms become batch norms over the k largest deviations",
+            _NORM_MATTERS,
+            convert_topk,
+        ),
+        Method(
+            "l2_half",
+            "module",
+            "batch norms keep their formula, with statistics in true half arithmetic",
+            _NORM_MATTERS,
+            convert_l2_half,
+        ),
         Method(
             "bounded_weight_norm",
             "module",
-            "every row of the conv and linear weights has one fixed norm per layer",
+            "every row of the weights has one fixed norm per layer",
             _NORM_MATTERS,
             convert_bounded_weight_norm,
+            attach_bounded_weight_norm,
+        ),
+        Method(
+            "weight_norm_lp",
+            "module",
+            "every row of the weights has one fixed 1-norm, maximum or top-k norm per layer",
+            _NORM_MATTERS,
+            convert_weight_norm_lp,
+            attach_weight_norm_lp,
+        ),
+        Method(
+            "mean_only",
+            "module",
+            "batch norms take off the mean and divide by nothing; for weights of fixed norm",
+            _NORM_MATTERS,
+            convert_mean_only,
         ),
         Method(
             "mimic_norm",
@@ -40,6 +77,20 @@ METHODS: dict[str, Method] = {
             "Fei, Dai, Li, Zou, Xiong, MimicNorm, arXiv 2010.09278",
             convert_mimic_norm,
             attach_mimic_norm,
+        ),
+        Method(
+            "wd_mimic",
+            "step",
+            "no weight decay: every step is corrected to the weight norms recorded in a run that had it",
+            _NORM_MATTERS,
+            attach=attach_wd_mimic,
+        ),
+        Method(
+            "norm_schedule",
+            "step",
+            "weight norms grow on a schedule instead of a learning rate that falls",
+            _NORM_MATTERS,
+            attach=attach_norm_schedule,
         ),
     )
 }
@@ -66,7 +117,7 @@ def convert(model: nn.Module, name: str, **args: Any) -> tuple[nn.Module, Change
         raise UnsupportedError(f"method {name!r} acts on the data, not on a network; {method.instead}")
     check_options(method, args, options_of(method.convert) if method.convert else options_of(method.attach))
     report = ChangeReport()
-    converted = deepcopy(model)
+    converted = _copy_of(model)
     if method.convert is not None:
         converted = method.convert(converted, report, **args)
     else:
@@ -99,14 +150,29 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, method: str | Non
         entries = [_method_named(name) for name in recorded if _method_named(name).attach is not None]
         if args and len(entries) != 1:
             raise ConfigError(f"attach got options {', '.join(args)} but no method to give them to; name the method")
-    removers = []
+    handles = []
     for entry in entries:
         valid = options_of(entry.attach)
         check_options(entry, args, valid)
         options = {name: value for name, value in recorded.get(entry.name, {}).items() if name in valid} | args
         if entry.attach is not None:
-            removers.append(entry.attach(model, optimizer, **options).remove)
-    return Handle(removers)
+            handles.append(entry.attach(model, optimizer, **options))
+    return handles[0] if len(handles) == 1 else Handle([handle.remove for handle in handles])
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    # A process group cannot be copied and need not be: it is the connection, not state of the model.
+    groups = (getattr(module, "process_group", None) for module in model.modules())
+    memo = {id(group): group for group in groups if group is not None}
+    try:
+        return deepcopy(model, memo)
+    except (RuntimeError, TypeError, ValueError) as error:
+        lazy = any(isinstance(value, nn.UninitializedBuffer) for value in model.buffers())
+        advice = "run one batch through the model first" if lazy else "remove what deepcopy refuses"
+        reason = " ".join(str(error).split())[:200]
+        raise UnsupportedError(
+            f"convert works on a copy, but {type(model).__name__} has none: {reason}; {advice}"
+        ) from None
 
 
 def _method_named(name: str) -> Method:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowprec.functional import accumulation_dtype, cast, scale_weight
+from lowprec.functional import accumulation_dtype, cast
+from lowprec.weights import scale_weight
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 

@@ -20,12 +20,12 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from lowprec.errors import ConfigError, UnsupportedError
-from lowprec.functional import centre_weight
 from lowprec.methods.layers import NormalizedLinear, branch_conv
 from lowprec.methods.method import Handle
 from lowprec.methods.rewrite import inherit, modules_with_paths, replace_module
 from lowprec.methods.structure import Branch, Structure, read_structure
 from lowprec.report import ChangeReport
+from lowprec.weights import centre_weight
 
 Recipe = Literal["code", "paper"]
 

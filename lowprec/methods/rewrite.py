@@ -6,10 +6,13 @@ the training flag and the attributes a user put there; a module that occurs seve
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
+
+from lowprec.errors import ConfigError
+from lowprec.methods.method import nearest_hint
 
 _HOOKS = (
     "_forward_hooks",
@@ -30,6 +33,22 @@ def modules_with_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         paths.setdefault(module, []).append(path or "(model)")
     for module, names in paths.items():
         yield " = ".join(names), module
+
+
+def modules_at(model: nn.Module, paths: Sequence[str], option: str) -> set[nn.Module]:
+    """The modules at `paths` and all inside them; `option` names the list in errors.
+
+    Raises:
+        ConfigError: a path is not a module of the model.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if isinstance(paths, str):
+        raise ConfigError(f"{option} is a list of module paths; write {option} = [{paths!r}]")
+    for path in paths:
+        if path not in modules:
+            hint = nearest_hint(path, modules)
+            raise ConfigError(f"{option} names {path!r}, which is not a module of the model{hint}")
+    return {module for path in paths for module in modules[path].modules()}
 
 
 def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:

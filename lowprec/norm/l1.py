@@ -10,35 +10,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowprec.functional import L1_CONSTANT, l1_statistics, per_channel, reduced_axes
-from lowprec.norm.base import ScaleBatchNorm
+from lowprec.functional import L1_CONSTANT, Average, deviations, l1_scale, reduced_axes
+from lowprec.norm.base import AbsoluteBatchNorm
 
 
-class _L1BatchNorm(ScaleBatchNorm):
+class L1BatchNorm(AbsoluteBatchNorm):
     """S = sqrt(pi/2) * mean(|x - mean|) + eps; see `functional.l1_statistics`."""
 
-    def batch_statistics(self, x_NCX: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and L1 scale of one batch."""
-        return l1_statistics(x_NCX, self.eps)
+    def batch_spread(self, x_NCX: Tensor, mean_C: Tensor, average: Average) -> Tensor:
+        """The L1 scale of one batch."""
+        return l1_scale(x_NCX, mean_C, self.eps, average)
 
     def scale_estimator(self, mean_C: Tensor) -> L1ScaleEstimator:
         """Sums |x - mean| over the stream."""
         return L1ScaleEstimator(mean_C, self.eps)
 
 
-class L1BatchNorm1d(_L1BatchNorm):
+class L1BatchNorm1d(L1BatchNorm):
     """L1 batch norm over (N, C) or (N, C, L). Arguments: see `ScaleBatchNorm`. Fold: exact."""
 
     input_ranks = (2, 3)
 
 
-class L1BatchNorm2d(_L1BatchNorm):
+class L1BatchNorm2d(L1BatchNorm):
     """L1 batch norm over (N, C, H, W). Arguments: see `ScaleBatchNorm`. Fold: exact."""
 
     input_ranks = (4,)
 
 
-class L1BatchNorm3d(_L1BatchNorm):
+class L1BatchNorm3d(L1BatchNorm):
     """L1 batch norm over (N, C, D, H, W). Arguments: see `ScaleBatchNorm`. Fold: exact."""
 
     input_ranks = (5,)
@@ -55,8 +55,7 @@ class L1ScaleEstimator:
 
     def update(self, x_NCX: Tensor) -> None:
         """Adds the absolute deviations of one batch."""
-        deviation_NCX = x_NCX.double() - per_channel(self._mean_C, x_NCX)
-        self._sum_C += deviation_NCX.abs().sum(reduced_axes(x_NCX))
+        self._sum_C += deviations(x_NCX, self._mean_C).abs().sum(reduced_axes(x_NCX))
         self._count += x_NCX.numel() // x_NCX.shape[1]
 
     def scale(self) -> Tensor:
