@@ -1,6 +1,7 @@
 """Redraws the points of *Norm matters* (Hoffer et al., 2018) on scikit-learn's digits.
 
     python -m tests.benchmarks.norm_matters
+    python -m tests.benchmarks.norm_matters --data path/to/cifar10 --epochs 30     # a folder of images by class
 
 Four questions, five seeds each, every cell a real training run through the library's trainer:
 
@@ -32,11 +33,42 @@ from typing import Any
 import numpy as np
 
 from lowprec.artifacts import write_json
+from lowprec.data import load_data
 
-RESULTS = Path(__file__).parent / "results" / "norm_matters.json"
+RESULTS = Path(__file__).parent / "results"
 SEEDS = range(5)
-EPOCHS = 30
 STUDENT_T_4 = 2.776  # 97.5 % quantile of Student's t with 4 degrees of freedom
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned: data source, epochs, share held out, and the shape of the network that fits."""
+
+    source: str
+    epochs: int
+    test_fraction: float
+    in_channels: int
+    classes: int
+
+    @classmethod
+    def of(cls, source: str, epochs: int) -> Task:
+        """Channels and classes read from the data; digits hold out 70 %, other data a fifth."""
+        samples = load_data(source)
+        if samples.labels is None:
+            raise SystemExit(f"{source} has no labels")
+        channels = next(iter(samples.inputs.values())).shape[1]
+        fraction = 0.7 if source == "digits" else 0.2
+        return cls(source, epochs, fraction, int(channels), int(samples.labels.max()) + 1)
+
+    @property
+    def network(self) -> dict[str, int]:
+        """Arguments of small_resnet."""
+        return {"in_channels": self.in_channels, "classes": self.classes}
+
+    @property
+    def name(self) -> str:
+        """For the files of results."""
+        return "norm_matters" if self.source == "digits" else f"norm_matters_{Path(self.source).stem}"
 
 
 @dataclass(frozen=True)
@@ -47,13 +79,14 @@ class Cell:
     line: str
     x: float
     seed: int
+    task: Task
 
     @property
     def key(self) -> str:
         return f"{self.question}/{self.line}/{self.x:g}/{self.seed}"
 
 
-def scaled_resnet(scale: float = 1.0) -> Any:
+def scaled_resnet(scale: float = 1.0, **network: int) -> Any:
     """small_resnet in which every batch norm sees its input `scale` times larger.
 
     The function, and with exact statistics the training too, stay the same: a norm takes the factor out again.
@@ -66,7 +99,7 @@ def scaled_resnet(scale: float = 1.0) -> Any:
         def forward(self, x: Any) -> Any:
             return x * scale
 
-    model = small_resnet()
+    model = small_resnet(**network)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             parent, _, child = name.rpartition(".")
@@ -74,7 +107,7 @@ def scaled_resnet(scale: float = 1.0) -> Any:
     return model
 
 
-def without_batch_norm(weights: str) -> Any:
+def without_batch_norm(weights: str, **network: int) -> Any:
     """small_resnet with mean-only batch norm, its weights bounded or under plain weight norm (a learned length)."""
     from torch import nn
     from torch.nn.utils import parametrizations
@@ -82,7 +115,7 @@ def without_batch_norm(weights: str) -> Any:
     from lowprec.methods import convert
     from lowprec.models import small_resnet
 
-    model, _ = convert(small_resnet(), "mean_only")
+    model, _ = convert(small_resnet(**network), "mean_only")
     if weights == "bounded":
         return convert(model, "bounded_weight_norm")[0]
     for module in list(model.modules()):
@@ -112,7 +145,6 @@ WEIGHTS = {
     "weight norm": {"factory": f"{HERE}:without_batch_norm", "args": {"weights": "normed"}},
 }
 QUANTITY = {"decay": "training loss, last epoch"}  # of a question that is not about held-out accuracy
-HALF_EPOCHS = 6
 WEIGHT_DECAY = 5e-3  # strong enough to move the loss of so small a network
 TITLES = {
     "accuracy": "L1, L-infinity and top-10 against L2",
@@ -123,27 +155,27 @@ TITLES = {
 DECAY = ("weight decay", "no weight decay", "no weight decay, corrected rate")
 
 
-def cells() -> Iterator[Cell]:
+def cells(task: Task) -> Iterator[Cell]:
     for seed in SEEDS:
         for line in ACCURACY:
-            yield Cell("accuracy", line, 0, seed)
+            yield Cell("accuracy", line, 0, seed, task)
         for line in HALF:
             for scale in SCALES:
-                yield Cell("half", line, scale, seed)
+                yield Cell("half", line, scale, seed, task)
         for line in DECAY:
-            yield Cell("decay", line, 0, seed)
+            yield Cell("decay", line, 0, seed, task)
         for line in WEIGHTS:
-            yield Cell("weights", line, 0, seed)
+            yield Cell("weights", line, 0, seed, task)
 
 
 def config(cell: Cell, **overrides: Any) -> dict[str, Any]:
     """The config that all cells share, with this cell's method."""
     base: dict[str, Any] = {
-        "model": {"factory": "lowprec.models:small_resnet"},
+        "model": {"factory": "lowprec.models:small_resnet", "args": cell.task.network},
         "precision": {"mode": "fp16-master"},
-        "data": {"test_fraction": 0.7},
+        "data": {"source": cell.task.source, "test_fraction": cell.task.test_fraction},
         "optim": {"lr": 0.1, "schedule": "cosine", "warmup": 20},
-        "run": {"epochs": EPOCHS, "seed": cell.seed},
+        "run": {"epochs": cell.task.epochs, "seed": cell.seed},
     }
     for section, values in overrides.items():
         base[section] = {**base.get(section, {}), **values}
@@ -175,11 +207,16 @@ def run(cell: Cell) -> float:
     if cell.question == "decay":
         return train_decay(cell)
     if cell.question == "weights":
-        return accuracy(config(cell, model=WEIGHTS[cell.line]))
+        made = WEIGHTS[cell.line]
+        return accuracy(config(cell, model={**made, "args": {**made.get("args", {}), **cell.task.network}}))
     if cell.question == "half":
         name, args = HALF[cell.line]
-        model = {"factory": f"{HERE}:scaled_resnet", "args": {"scale": cell.x}}
-        return accuracy(config(cell, model=model, method={"name": name, "args": args}, run={"epochs": HALF_EPOCHS}))
+        model = {"factory": f"{HERE}:scaled_resnet", "args": {"scale": cell.x, **cell.task.network}}
+        return accuracy(
+            config(
+                cell, model=model, method={"name": name, "args": args}, run={"epochs": max(1, cell.task.epochs // 5)}
+            )
+        )
     name, args = ACCURACY[cell.line]
     return accuracy(config(cell, method={"name": name, "args": args}))
 
@@ -201,17 +238,18 @@ def train_decay(cell: Cell) -> float:
         return float(train(config(cell, optim={"weight_decay": 0.0}, method=replayed)).losses[-1])
 
 
-def measure(workers: int) -> dict[str, float]:
+def measure(task: Task, workers: int) -> dict[str, float]:
     """Runs every cell that the results file lacks, and writes the file after each."""
-    results: dict[str, float] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    todo = [cell for cell in cells() if cell.key not in results]
+    path = RESULTS / f"{task.name}.json"
+    results: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    todo = [cell for cell in cells(task) if cell.key not in results]
     started = time.monotonic()
     with ProcessPoolExecutor(workers) as pool:
         jobs = {pool.submit(run, cell): cell for cell in todo}
         for done, job in enumerate(as_completed(jobs), 1):
             results[jobs[job].key] = job.result()
-            RESULTS.parent.mkdir(exist_ok=True)
-            write_json(RESULTS, results)
+            RESULTS.mkdir(exist_ok=True)
+            write_json(path, results)
             left = (time.monotonic() - started) * (len(todo) - done) / done
             print(f"{done}/{len(todo)} {jobs[job].key} {results[jobs[job].key]:.4f} ({left:.0f} s left)", flush=True)
     return results
@@ -223,10 +261,10 @@ def interval(accuracies: list[float]) -> tuple[float, float]:
     return float(np.mean(accuracies)), half
 
 
-def summary(results: dict[str, float]) -> dict[tuple[str, str, float], tuple[float, float]]:
+def summary(task: Task, results: dict[str, float]) -> dict[tuple[str, str, float], tuple[float, float]]:
     """Mean and half width by (question, line, x)."""
     grouped: dict[tuple[str, str, float], list[float]] = {}
-    for cell in cells():
+    for cell in cells(task):
         grouped.setdefault((cell.question, cell.line, cell.x), []).append(results[cell.key])
     return {key: interval(values) for key, values in grouped.items()}
 
@@ -248,7 +286,7 @@ def print_tables(found: dict[tuple[str, str, float], tuple[float, float]]) -> No
             print(f"| {line} | {' | '.join(shown)} |")
 
 
-def draw(found: dict[tuple[str, str, float], tuple[float, float]]) -> None:
+def draw(task: Task, found: dict[tuple[str, str, float], tuple[float, float]]) -> None:
     """One picture, a panel per question."""
     import matplotlib
 
@@ -277,17 +315,21 @@ def draw(found: dict[tuple[str, str, float], tuple[float, float]]) -> None:
         label = QUANTITY.get(question, "held-out accuracy, %")
         panel.set_ylabel(label) if question == "half" else panel.set_xlabel(label)
         panel.grid(alpha=0.3)
-    figure.suptitle("Norm matters on scikit-learn's digits, 5 seeds, 95 % intervals")
-    figure.savefig(RESULTS.with_suffix(".svg"), metadata={"Date": None})
+    figure.suptitle(f"Norm matters on {task.source}, {len(SEEDS)} seeds, 95 % intervals")
+    figure.savefig(RESULTS / f"{task.name}.svg", metadata={"Date": None})
 
 
 def main() -> None:
     """Runs, prints the tables and draws the picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, one thread each")
-    found = summary(measure(parser.parse_args().workers))
+    parser.add_argument("--data", default="digits", help="digits, a folder of images by class, or an .npz with labels")
+    parser.add_argument("--epochs", type=int, default=30)
+    args = parser.parse_args()
+    task = Task.of(args.data, args.epochs)
+    found = summary(task, measure(task, args.workers))
     print_tables(found)
-    draw(found)
+    draw(task, found)
 
 
 if __name__ == "__main__":
