@@ -214,6 +214,8 @@ def test_an_interrupted_export_leaves_no_bundle(folder, demo, how):
     process = subprocess.Popen(
         [sys.executable, "-c", code, "export", str(run), "-o", "b", "--target", "onnx", "tensorrt-rtx"],
         cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # A shell starts background jobs with Ctrl-C ignored, and that would be inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(folder.glob(".b.*")) and process.poll() is None and time.monotonic() < deadline:

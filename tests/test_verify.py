@@ -223,9 +223,10 @@ def test_large_networks_take_fewer_golden_samples(monkeypatch, bundle):
 
 
 def test_a_claim_that_so_few_samples_cannot_decide_is_status_3(bundle, command):
-    # 256 of 256 agree: the 95 % interval reaches down to 0.985, so 0.98 is proven and 0.999 is not.
-    assert command("verify", bundle, "--min-agreement", "0.98", cwd=bundle).status == 0
-    done = command("verify", bundle, "--min-agreement", "0.999", cwd=bundle)
+    # All 256 decisions agree, or one or two near ties flip: the 95 % interval is then [0.972, 0.998] at worst and
+    # [0.985, 1] at best, which proves 0.95 and neither proves nor refutes 0.997.
+    assert command("verify", bundle, "--min-agreement", "0.95", cwd=bundle).status == 0
+    done = command("verify", bundle, "--min-agreement", "0.997", cwd=bundle)
     assert done.status == 3
     assert "inconclusive" in done.stdout
     assert command("verify", bundle, "--margin", "5", cwd=bundle).status == 0

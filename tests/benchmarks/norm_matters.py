@@ -108,14 +108,22 @@ def scaled_resnet(scale: float = 1.0, **network: int) -> Any:
 
 
 def without_batch_norm(weights: str, **network: int) -> Any:
-    """small_resnet with mean-only batch norm, its weights bounded or under plain weight norm (a learned length)."""
+    """small_resnet with mean-only batch norm, its weights bounded or under plain weight norm (a learned length).
+
+    He's initialisation first: without a norm that divides, torch's default lets the signal fade from layer to layer,
+    and the bound is taken from the weights as they stand.
+    """
     from torch import nn
     from torch.nn.utils import parametrizations
 
     from lowprec.methods import convert
     from lowprec.models import small_resnet
 
-    model, _ = convert(small_resnet(**network), "mean_only")
+    model = small_resnet(**network)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu" if isinstance(module, nn.Conv2d) else "linear")
+    model, _ = convert(model, "mean_only")
     if weights == "bounded":
         return convert(model, "bounded_weight_norm")[0]
     for module in list(model.modules()):
