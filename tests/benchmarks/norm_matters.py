@@ -158,7 +158,7 @@ TITLES = {
     "accuracy": "L1, L-infinity and top-10 against L2",
     "half": "True half statistics: where L2 fails",
     "decay": "Weight decay, none, and its learning-rate mimic",
-    "weights": "Bounded weight norm against weight norm and batch norm",
+    "weights": "Bounded against plain weight norm, and batch norm",
 }
 DECAY = ("weight decay", "no weight decay", "no weight decay, corrected rate")
 
