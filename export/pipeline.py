@@ -25,6 +25,7 @@ from lowprec.export.bundle import Bundle, is_bundle, open_bundle, provenance, wr
 from lowprec.export.emit import convert_precision, emit_onnx
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.folding import FoldedModule, Traced, fold_traced, trace
+from lowprec.export.folding.measure import MAX_FLOAT64_ERROR
 from lowprec.export.golden import Golden
 from lowprec.export.page import Part, render_page
 from lowprec.export.parity import Check, Limits, ParityReport, Stage
@@ -44,9 +45,6 @@ ENGINE_TARGETS = {"tensorrt-rtx": "model.rtx.engine"}
 
 TARGETS = ("onnx", *ENGINE_TARGETS)
 DEFAULT_LIMITS = Limits()
-
-FOLD_LIMIT = 1e-10
-"""Largest relative float64 error of a fold: 64 u64 sqrt(K) with K = 10^4 is 7e-13; anything above 1e-10 is algebra."""
 
 _STEPS = 8
 
@@ -189,15 +187,15 @@ def _write_evidence(work: Path, model: nn.Module, golden: Golden, fold_report: C
 
     feeds = tuple(torch.from_numpy(np.ascontiguousarray(value)) for value in golden.inputs.values())
     write_json(work / layout.CALIBRATION, calibrate(model, [feeds]).to_dict())
-    bound = {"model_onnx_sha256": sha256_of(work / "model.onnx"), "limit": FOLD_LIMIT}
+    bound = {"model_onnx_sha256": sha256_of(work / "model.onnx"), "limit": MAX_FLOAT64_ERROR}
     write_json(work / layout.FOLD, fold_report.to_dict() | bound)
 
 
 def _fold_stage(report: ChangeReport) -> Stage:
     error = float(report.facts["float64_error"])
-    holds = error <= FOLD_LIMIT
-    text = f"folded against trained, both in float64: relative error {error:.1e}, limit {FOLD_LIMIT:.0e}"
-    check = Check("relative_error", "pass" if holds else "fail", error, FOLD_LIMIT, text)
+    holds = error <= MAX_FLOAT64_ERROR
+    text = f"folded against trained, both in float64: relative error {error:.1e}, limit {MAX_FLOAT64_ERROR:.0e}"
+    check = Check("relative_error", "pass" if holds else "fail", error, MAX_FLOAT64_ERROR, text)
     return Stage("fold", "traced graph", "torch", "float64", status="ran", checks=(check,))
 
 

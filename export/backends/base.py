@@ -96,6 +96,20 @@ class Backend(ABC):
         return self._open(artefact)
 
 
+class OnnxBackend(Backend):
+    """A backend that takes ONNX, as a file or as a model in memory, and runs it on any CPU."""
+
+    suffixes = (".onnx",)
+
+    def cannot_run(self) -> str | None:
+        """None: it runs on any CPU."""
+        return None
+
+    def accepts(self, artefact: Any) -> bool:
+        """An .onnx file or a ModelProto."""
+        return isinstance(artefact, onnx.ModelProto) or super().accepts(artefact)
+
+
 Precision = Literal["fp32", "fp16", "bf16", "mixed", "int8"]
 
 

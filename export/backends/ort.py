@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from lowprec.errors import MissingDependencyError, UnsupportedError
-from lowprec.export.backends.base import Backend, Session, narrowed, onnx_model
+from lowprec.export.backends.base import OnnxBackend, Session, narrowed, onnx_model
 from lowprec.export.onnx_files import first_line, graphs_of
 from lowprec.export.tensors import specs_of
 from lowprec.packages import is_installed
@@ -47,12 +47,11 @@ class OrtSession(Session):
         return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
 
 
-class OnnxRuntime(Backend):
+class OnnxRuntime(OnnxBackend):
     """onnxruntime on the CPU."""
 
     name = "onnxruntime"
     summary = "ONNX on onnxruntime's CPU provider"
-    suffixes = (".onnx",)
     provider = "CPUExecutionProvider"
 
     def unavailable(self) -> str | None:
@@ -60,14 +59,6 @@ class OnnxRuntime(Backend):
         if not is_installed("onnxruntime"):
             return "onnxruntime is not installed; pip install lowprec[cpu]"
         return None
-
-    def cannot_run(self) -> str | None:
-        """None: its CPU provider runs on any CPU."""
-        return None
-
-    def accepts(self, artefact: Any) -> bool:
-        """An .onnx file or a ModelProto."""
-        return isinstance(artefact, onnx.ModelProto) or super().accepts(artefact)
 
     def _open(self, artefact: str | Path | onnx.ModelProto) -> Session:
         import onnxruntime

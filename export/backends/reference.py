@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 from numpy.typing import NDArray
 
-from lowprec.export.backends.base import Backend, Session, onnx_model
+from lowprec.export.backends.base import OnnxBackend, Session, onnx_model
 from lowprec.export.float64 import Float64Graph
 
 
@@ -26,24 +26,15 @@ class ReferenceSession(Session):
         return self.graph.run(feeds)
 
 
-class Reference(Backend):
+class Reference(OnnxBackend):
     """Runs ONNX files, and models in memory, in float64 on the CPU."""
 
     name = "reference"
     summary = "the ONNX graph in float64, through onnx's reference evaluation"
-    suffixes = (".onnx",)
 
     def unavailable(self) -> str | None:
         """None: onnx is a dependency."""
         return None
-
-    def cannot_run(self) -> str | None:
-        """None: it runs on any CPU."""
-        return None
-
-    def accepts(self, artefact: Any) -> bool:
-        """An .onnx file or a ModelProto."""
-        return isinstance(artefact, onnx.ModelProto) or super().accepts(artefact)
 
     def _open(self, artefact: str | Path | onnx.ModelProto) -> Session:
         return ReferenceSession(Float64Graph(onnx_model(artefact)))
