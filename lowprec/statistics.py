@@ -96,9 +96,10 @@ def _pooled_variance(parts: Sequence[BatchStatistics], name: str, means: Mapping
 def write_statistics(module: nn.Module, batch: BatchStatistics, landed: bool | Tensor = True) -> None:
     """Moves the running buffers of `module` towards one batch: the only place where running buffers are written.
 
-    buffer <- (1 - f) * buffer + f * value, computed in float64 (with every step rounded to the module's `stats_dtype`
-    where it has one), f = momentum, or 1 / (batches so far + 1) for momentum
-    None (a plain average), as torch has it. `num_batches_tracked` grows by one.
+    buffer <- (1 - f) * buffer + f * value, f = momentum, or 1 / (batches so far + 1) for momentum None (a plain
+    average), as torch has it. `num_batches_tracked` grows by one. Computed in float64, float32 into float32 in one
+    float32 `lerp` where nothing has to be decided; with every step rounded to the module's `stats_dtype` where it has
+    one.
 
     Args:
         module: a module for which `running_statistics` is not None.
@@ -108,9 +109,14 @@ def write_statistics(module: nn.Module, batch: BatchStatistics, landed: bool | T
     if landed is False:
         return
     factor = _averaging_factor(module)
-    dtype = getattr(module, "stats_dtype", None) or torch.float64
+    narrow = getattr(module, "stats_dtype", None)
     for name, value in batch.values.items():
         buffer = getattr(module, name)
+        plain = buffer.dtype == value.dtype == torch.float32 and buffer.device == value.device
+        if landed is True and plain and isinstance(factor, float) and factor < 1:
+            buffer.lerp_(value, factor)
+            continue
+        dtype = narrow or torch.float64
         moved = ((1 - factor) * buffer.to(dtype) + factor * value.to(buffer.device, dtype)).to(buffer.dtype)
         buffer.copy_(moved if landed is True else torch.where(landed.to(buffer.device), moved, buffer))
     tracked = getattr(module, "num_batches_tracked", None)
@@ -180,7 +186,8 @@ class HeldStatistics:
     def _hooked(self, take: Callable[[nn.Module, BatchStatistics], None]) -> Iterator[None]:
         def swap_out(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             batch = self._swap_out(module)
-            if batch is not None and output is not None and int(batch.count):  # None: the forward raised; 0: no sample
+            measured = isinstance(output, Tensor)  # not when the forward raised, nor when a norm awaits its residual
+            if batch is not None and measured and int(batch.count):
                 take(module, batch)
 
         handles = []

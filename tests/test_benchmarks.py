@@ -1,5 +1,6 @@
 """The studies stay runnable: every line of every question, one epoch, one seed."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.benchmarks import norm_matters  # noqa: E402 - the studies are run from the root, not installed
+from tests.benchmarks import fused_norm, norm_matters  # noqa: E402 - the studies are run from the root, not installed
 
 TASK = norm_matters.Task.of("digits", 1)
 ONE_OF_EACH = {(cell.question, cell.line): cell for cell in norm_matters.cells(TASK) if cell.seed == 0}
@@ -28,3 +29,24 @@ def test_intervals_are_students():
     # s = sqrt(2.5), t(0.975, 4) = 2.776, n = 5; a dozen float64 roundings stay far below 1e-12
     assert half == pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=1e-12)
     assert len(norm_matters.SEEDS) == 5
+
+
+def test_the_benchmark_of_the_fused_norms_runs_and_its_values_are_right(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    assert fused_norm.main(["--quick", "--output", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["rows"]) == 3 * 3 * 2  # families, types, layouts
+    assert all(row["values"]["held"] and row["kept"]["held"] for row in found["rows"])
+    assert found["growth"]
+    assert found["resnet18"]["relus_fused"] == 17  # the stem and two of each of eight blocks
+
+
+def test_the_benchmark_of_the_fused_norms_reports_what_is_missed():
+    row = {"family": "l1", "dtype": "float32", "layout": "contiguous", "shape": [64, 64, 56, 56], "bar": 0.55}
+    good = {**row, "median": 0.5, "held": True, "values": {"held": True}, "kept": {"ratio": 0.52, "held": True}}
+    slow = {**good, "median": 0.6, "held": False}
+    wrong = {**good, "values": {"held": False}}
+    resnet = {"median": 1.1, "held": True}
+    assert fused_norm.verdict({"rows": [good], "resnet18": resnet}, quick=False) == []
+    assert len(fused_norm.verdict({"rows": [good, slow, wrong], "resnet18": {**resnet, "held": False}}, False)) == 3
+    assert len(fused_norm.verdict({"rows": [good, slow, wrong], "resnet18": resnet}, quick=True)) == 1

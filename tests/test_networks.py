@@ -140,7 +140,7 @@ def test_every_norm_is_replaced_or_the_report_says_why_not(name, network):
         elif isinstance(module, nn.SyncBatchNorm | Doubled | nn.GroupNorm | nn.LayerNorm):
             assert type(new[path]) is type(module)
             assert rows[path] in report.refused
-    assert sharing(converted) == sharing(model)
+    assert sharing(converted, old) == sharing(model)
 
 
 def assert_same_state(old: _BatchNorm, new: nn.Module) -> None:

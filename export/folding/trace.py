@@ -26,6 +26,7 @@ from lowprec.export.folding.module import FoldedModule
 from lowprec.export.folding.program import NormLayer, Program
 from lowprec.export.folding.quiet import quiet_exporter
 from lowprec.export.folding.reasons import reason_from_failure
+from lowprec.kernels import without_kernels
 from lowprec.norm import is_norm
 from lowprec.precision import without_half_hooks
 
@@ -143,7 +144,7 @@ def _widen_halves(network: nn.Module) -> None:
 def _export(network: nn.Module, examples: Examples) -> torch.export.ExportedProgram:
     """torch.export, quietly; its failure in one line that names the module."""
     try:
-        with quiet_exporter(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with quiet_exporter(), without_kernels(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             return torch.export.export(network, examples.args, dynamic_shapes=examples.dynamic_shapes, strict=False)
     except Exception as error:  # torch.export raises dozens of types, the user's own code any
         raise FoldError(reason_from_failure(error, network)) from None

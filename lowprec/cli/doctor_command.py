@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     say(f"lowprec {facts['lowprec']}, Python {facts['python']}, {facts['machine']}, {facts['cpus']} CPUs")
     say(f"devices: {facts['devices']}")
+    say(f"norm kernels: {facts['kernels']}")
     packages = [(name, found["version"] or "not installed", found["use"]) for name, found in facts["packages"].items()]
     print_table(("package", "version", "used for"), packages)
     backends = [
@@ -56,6 +57,7 @@ def examine() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "devices": _devices(),
+        "kernels": _kernels(),
         "packages": {name: {"version": _version(name), "use": use} for name, use in _OPTIONAL.items()},
         "backends": _backends(),
     }
@@ -78,6 +80,18 @@ def _devices() -> str:
     if not torch.cuda.is_available():
         return "CPU; no CUDA device that torch can use"
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def _kernels() -> str:
+    if not is_installed("torch"):
+        return "torch is not installed, so none were looked for"
+    from lowprec.kernels import native
+
+    reason = native.why_not()
+    cpu = (
+        f"{reason}; until then torch computes them" if reason else f"CPU, compiled for {native.instruction_sets()[-1]}"
+    )
+    return f"{cpu}; CUDA, Triton {_version('triton')}" if is_installed("triton") else cpu
 
 
 def _backends() -> dict[str, dict[str, Any]]:

@@ -24,6 +24,8 @@ from lowprec.methods.layers import NormalizedLinear, branch_conv
 from lowprec.methods.method import Handle
 from lowprec.methods.rewrite import inherit, modules_with_paths, replace_module
 from lowprec.methods.structure import Branch, Structure, read_structure
+from lowprec.norm import ScaleBatchNorm
+from lowprec.norm.activation import AddReLU
 from lowprec.report import ChangeReport
 from lowprec.weights import centre_weight
 
@@ -118,14 +120,22 @@ def attach_mimic_norm(model: nn.Module, optimizer: torch.optim.Optimizer, *, min
 def _remove_norms(model: nn.Module, structure: Structure, report: ChangeReport) -> None:
     for path, producer in structure.norms.items():
         norm = model.get_submodule(path)
-        identity = nn.Identity()
-        inherit(norm, identity)
-        replace_module(model, norm, identity)
+        stays = _what_stays_of(norm)
+        inherit(norm, stays)
+        replace_module(model, norm, stays)
         _add_bias(model.get_submodule(producer))
-        report.change(path, f"{type(norm).__name__} after {producer} became Identity; its parameters are dropped")
+        kind = f"{type(norm).__name__} after {producer}"
+        report.change(path, f"{kind} became {type(stays).__name__}; its parameters are dropped")
     for path, conv in modules_with_paths(model):
         if isinstance(conv, _ConvNd) and _add_bias(conv):
             report.change(path, "got a bias of zeros")
+
+
+def _what_stays_of(norm: nn.Module) -> nn.Module:
+    """Nothing, or the ReLU that a fused norm computes (see `lowprec.methods.fuse`)."""
+    if isinstance(norm, ScaleBatchNorm) and norm.act is not None:
+        return AddReLU(norm.awaits_residual)
+    return nn.Identity()
 
 
 def _add_bias(layer: nn.Module) -> bool:

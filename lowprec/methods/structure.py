@@ -80,17 +80,18 @@ def read_structure(model: nn.Module) -> Structure:
     return Structure(norms, other_norms, reader.branches(norms), reader.classifier())
 
 
-class _LayerTracer(fx.Tracer):
-    """Keeps every layer that the method treats as a whole as one node."""
+class LayerTracer(fx.Tracer):
+    """Keeps every layer that methods treat as a whole as one node."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether `m` is one node."""
         whole = isinstance(m, (nn.Linear, _ConvNd)) or is_norm(m)
         return whole or super().is_leaf_module(m, module_qualified_name)
 
 
 def _trace(model: nn.Module) -> fx.Graph:
     try:
-        return _LayerTracer().trace(model)
+        return LayerTracer().trace(model)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedError(
@@ -144,7 +145,7 @@ class _Reader:
             if counts is None or max(counts) == 0:
                 continue
             end = sides[0] if counts[0] > counts[1] else sides[1]
-            last = self._before(end, lambda n: self._passes(n) or str(n.target) in removed)
+            last = self._before(end, lambda n: self._passes(n) or (str(n.target) in removed and not self._has_relu(n)))
             reason = self._why_not_scalable(end, last)
             if counts[0] == counts[1]:
                 reason = f"both sides of the sum hold {counts[0]} convolutions, so neither is the branch"
@@ -211,8 +212,13 @@ class _Reader:
     def _keeps_logits(self, node: fx.Node) -> bool:
         if node.op in ("call_function", "call_method"):
             return node.target in _AFTER_LOGITS
+        kept = isinstance(self.module(node), (*_AFTER_LOGITS_MODULES, _BatchNorm, ScaleBatchNorm))
+        return kept and not self._has_relu(node)
+
+    def _has_relu(self, node: fx.Node) -> bool:
+        """Whether it is a norm with a ReLU inside, before any sum; a norm that awaits its residual has it after."""
         module = self.module(node)
-        return isinstance(module, (*_AFTER_LOGITS_MODULES, _BatchNorm, ScaleBatchNorm))
+        return isinstance(module, ScaleBatchNorm) and module.act is not None and not module.awaits_residual
 
     def _describe(self, node: fx.Node) -> str:
         module = self.module(node)

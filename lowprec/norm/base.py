@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -25,6 +26,8 @@ from lowprec.functional import (
     channel_mean,
     normalise,
 )
+from lowprec.kernels import BackwardChoice, fused_norm, kernels_apply
+from lowprec.norm.activation import AddReLU, PendingSum
 from lowprec.norm.checks import check_count, check_input, check_not_mapped
 from lowprec.norm.rounded import Accumulation, RoundedArithmetic
 from lowprec.statistics import BatchStatistics, Kind, write_statistics
@@ -79,6 +82,7 @@ class ScaleBatchNorm(nn.Module, ABC):
         bias: whether an affine norm has `bias`.
         stats_dtype: None for wide statistics; torch.float16 or torch.bfloat16 for truly narrow ones.
         accumulation: of narrow statistics, "tree" or "naive".
+        relu: whether a ReLU follows inside; then forward also takes a residual to add before it.
 
     Raises:
         ConfigError: a `stats_dtype` or an `accumulation` that there is not.
@@ -106,6 +110,7 @@ class ScaleBatchNorm(nn.Module, ABC):
         bias: bool = True,
         stats_dtype: torch.dtype | None = None,
         accumulation: Accumulation = "tree",
+        relu: bool = False,
     ) -> None:
         super().__init__()
         self.num_features = num_features
@@ -116,6 +121,9 @@ class ScaleBatchNorm(nn.Module, ABC):
         self.stats_dtype = stats_dtype
         self.accumulation = accumulation
         self._rounded = None if stats_dtype is None else RoundedArithmetic(stats_dtype, accumulation)
+        self.act = AddReLU() if relu else None
+        self.awaits_residual = False
+        self._backward_choice = BackwardChoice()
 
         def channels(value: float, kind: torch.dtype | None = dtype) -> Tensor:
             return torch.full((num_features,), value, device=device, dtype=kind or torch.get_default_dtype())
@@ -191,28 +199,72 @@ class ScaleBatchNorm(nn.Module, ABC):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises x (N, C, ...) with the batch's statistics in training, with the running ones in evaluation."""
+    def kernel_k(self) -> int | None:
+        """The `k` of `lowprec.kernels.fused_norm` that computes this norm; None where no kernel does."""
+        return None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | PendingSum:
+        """Normalises x (N, C, ...) with the batch's statistics in training, with the running ones in evaluation.
+
+        With `act`: relu(norm(x) + residual), or a `PendingSum` if the norm awaits its residual.
+        """
         check_input(x, self.input_ranks, self.num_features)
         if not self.training and self.running_mean is not None:
-            return apply_channel_affine(x, self.running_mean, self._running_divisor(), self.weight, self.bias)
+            y = apply_channel_affine(x, self.running_mean, self._running_divisor(), self.weight, self.bias)
+            return self._finished(y, residual)
+        if self.awaits_residual and residual is None:
+            return PendingSum(partial(self, x), type(self).__name__)
         tracking = self.training and self.track_running_stats and self.running_mean is not None
         if tracking:
             check_not_mapped(x)
         if not self.joins_processes():
             check_count(x)
             if x.numel() == 0:
-                return self._empty(x, tracking)
-        mean_C, scale_C, running = self.batch_moments(x)
+                return self._finished(self._empty(x, tracking), residual)
+        y, running = self._fused(x, residual) if self._has_kernel(x, residual) else self._composed(x, residual)
         if tracking:
             write_statistics(self, running)
+        return y
+
+    def _has_kernel(self, x: Tensor, residual: Tensor | None) -> bool:
+        wide = self._rounded is None and not self.joins_processes()
+        alike = residual is None or (x.shape, x.dtype, x.device) == (residual.shape, residual.dtype, residual.device)
+        given = (x,) if residual is None else (x, residual)
+        return wide and alike and self.kernel_k() is not None and all(map(kernels_apply, given))
+
+    def _fused(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, BatchStatistics]:
+        """One kernel for norm, residual and ReLU."""
+        relu = self.act is not None
+        from_output = relu and residual is None and self._backward_choice.review(self.weight, self.bias, x)
+        k = self.kernel_k()
+        assert k is not None
+        y, mean_C, scale_C, *_ = fused_norm(
+            x, self.weight, self.bias, residual, k=k, eps=self.eps, relu=relu, from_output=from_output
+        )
+        return y, self.moments(mean_C.detach(), scale_C.detach(), x.numel() // x.shape[1]).running
+
+    def _composed(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, BatchStatistics]:
+        """The same in separate operations, for what has no kernel."""
+        mean_C, scale_C, running = self.batch_moments(x)
         if self.stats_dtype is not None:
             x = _rounded_values(x, self.stats_dtype)
-        return normalise(x, mean_C, scale_C, self.weight, self.bias)
+        y = normalise(x, mean_C, scale_C, self.weight, self.bias)
+        return (y if self.act is None else self.act(y, residual)), running
+
+    def _finished(self, y: Tensor, residual: Tensor | None) -> Tensor | PendingSum:
+        if self.act is None:
+            return y
+        if self.awaits_residual and residual is None:
+            return PendingSum(partial(self.act, y), type(self).__name__)
+        active: Tensor = self.act(y, residual)
+        return active
 
     def inference_affine(self) -> ChannelAffine | None:
-        """weight / S * x + (bias - mean * weight / S) in float64; None in training or without running statistics."""
-        if self.training or self.running_mean is None:
+        """weight / S * x + (bias - mean * weight / S) in float64.
+
+        None in training, without running statistics, and with a ReLU inside.
+        """
+        if self.training or self.running_mean is None or self.act is not None:
             return None
         scale_C = self._running_divisor(torch.float64)
         numbers = [
@@ -224,9 +276,10 @@ class ScaleBatchNorm(nn.Module, ABC):
     def extra_repr(self) -> str:
         """The constructor arguments, as torch's norms print them."""
         narrow = "" if self.stats_dtype is None else f", stats_dtype={self.stats_dtype}, {self.accumulation} sums"
+        relu = "" if self.act is None else ", relu"
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}{narrow}"
+            f"track_running_stats={self.track_running_stats}{narrow}{relu}"
         )
 
     def _spread_names(self) -> list[str]:

@@ -17,6 +17,10 @@ from lowprec.norm.base import AbsoluteBatchNorm
 class L1BatchNorm(AbsoluteBatchNorm):
     """S = sqrt(pi/2) * mean(|x - mean|) + eps; see `functional.l1_statistics`."""
 
+    def kernel_k(self) -> int:
+        """0: all deviations."""
+        return 0
+
     def batch_spread(self, x_NCX: Tensor, mean_C: Tensor, average: Average) -> Tensor:
         """The L1 scale of one batch."""
         return l1_scale(x_NCX, mean_C, self.eps, average)

@@ -20,6 +20,10 @@ from lowprec.norm.rounded import Accumulation
 class LInfBatchNorm(AbsoluteBatchNorm):
     """S = C(n) * max(|x - mean|) + eps; see `functional.linf_scale`."""
 
+    def kernel_k(self) -> int:
+        """One deviation: the largest."""
+        return 1
+
     def batch_spread(self, x_NCX: Tensor, mean_C: Tensor, average: Average) -> Tensor:
         """The L-infinity scale of one batch."""
         return linf_scale(x_NCX, mean_C, self.eps)
@@ -52,7 +56,7 @@ class TopKBatchNorm(AbsoluteBatchNorm):
 
     Args:
         num_features: channels C.
-        eps, momentum, affine, track_running_stats, device, dtype, bias, stats_dtype, accumulation: see
+        eps, momentum, affine, track_running_stats, device, dtype, bias, stats_dtype, accumulation, relu: see
             `ScaleBatchNorm`.
         k: how many of the largest; all of them when the batch has fewer.
 
@@ -73,15 +77,20 @@ class TopKBatchNorm(AbsoluteBatchNorm):
         bias: bool = True,
         stats_dtype: torch.dtype | None = None,
         accumulation: Accumulation = "tree",
+        relu: bool = False,
         k: int = 10,
     ) -> None:
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ConfigError(f"k={k!r} is not a positive number of elements; k=10 is the published choice")
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
-            bias=bias, stats_dtype=stats_dtype, accumulation=accumulation,
+            bias=bias, stats_dtype=stats_dtype, accumulation=accumulation, relu=relu,
         )  # fmt: skip
         self.k = k
+
+    def kernel_k(self) -> int:
+        """As many as are averaged."""
+        return self.k
 
     def batch_spread(self, x_NCX: Tensor, mean_C: Tensor, average: Average) -> Tensor:
         """The top-k scale of one batch."""
