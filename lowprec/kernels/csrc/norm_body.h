@@ -6,7 +6,7 @@
  * most a few thousand elements a lane and double from there; their order does not depend on the number of threads.
  *
  * What a loop must do (a ReLU? which bits?) is a constant in the commonest cases: `_as` functions are inlined into one
- * task per case.
+ * task per case, but for plain C, where they are compiled once.
  */
 #define JOIN2(a, b) a##_##b
 #define JOIN(a, b) JOIN2(a, b)
@@ -103,7 +103,7 @@ INLINE void NAME(top_row)(struct top *top, const T *x, int64_t length, V center,
     });
 }
 
-INLINE void NAME(forward_planes_as)(const struct plane_pass *p, int64_t task, int relu, int kind, int has_residual) {
+CASE void NAME(forward_planes_as)(const struct plane_pass *p, int64_t task, int relu, int kind, int has_residual) {
     const struct forward *f = p->f;
     const struct shape *s = &f->shape;
     const int64_t rows = s->samples, length = s->length, step = s->channels * length, bytes = (length + 7) / 8;
@@ -160,7 +160,7 @@ static void NAME(forward_planes)(const void *context, int64_t task, int worker) 
     else NAME(forward_planes_as)(p, task, f->relu, f->bits_kind, f->residual != NULL);
 }
 
-INLINE void NAME(backward_planes_as)(const struct plane_pass *p, int64_t task, int worker, struct how how) {
+CASE void NAME(backward_planes_as)(const struct plane_pass *p, int64_t task, int worker, struct how how) {
     const struct backward *b = p->b;
     const struct shape *s = &b->shape;
     const int64_t rows = s->samples, length = s->length, step = s->channels * length, bytes = (length + 7) / 8;
@@ -236,7 +236,7 @@ static void NAME(backward_planes)(const void *context, int64_t task, int worker)
 
 /* ---- rows ---- */
 
-INLINE void NAME(sum_rows_as)(const struct row_pass *p, float *sums, int64_t r, const int count, int absolute) {
+CASE void NAME(sum_rows_as)(const struct row_pass *p, float *sums, int64_t r, const int count, int absolute) {
     const int64_t channels = p->shape->channels;
     const T *x = (const T *)p->f->x + r * channels;
     VECTORS(c, channels, {
@@ -251,7 +251,7 @@ INLINE void NAME(sum_rows_as)(const struct row_pass *p, float *sums, int64_t r, 
 }
 
 /* The same of x - center, and the extremes of x over the part that these rows are in. */
-INLINE void NAME(sum_and_extremes)(const struct row_pass *p, float *sums, int64_t r, const int count) {
+CASE void NAME(sum_and_extremes)(const struct row_pass *p, float *sums, int64_t r, const int count) {
     const int64_t channels = p->shape->channels, part = r / PART * channels;
     const T *x = (const T *)p->f->x + r * channels;
     VECTORS(c, channels, {
@@ -324,7 +324,7 @@ static void NAME(top_rows)(const void *context, int64_t index, int worker) {
     }
 }
 
-INLINE void NAME(apply_rows_as)(const struct row_pass *p, int64_t index, int relu, int kind, int has_residual) {
+CASE void NAME(apply_rows_as)(const struct row_pass *p, int64_t index, int relu, int kind, int has_residual) {
     const struct forward *f = p->f;
     const int64_t channels = p->shape->channels, block = p->blocks - 1 - index, end = block_end(p, block);
     const int64_t bytes = (channels + 7) / 8;
@@ -352,7 +352,7 @@ static void NAME(apply_rows)(const void *context, int64_t index, int worker) {
     else NAME(apply_rows_as)(p, index, f->relu, f->bits_kind, f->residual != NULL);
 }
 
-INLINE void NAME(moment_rows_as)(const struct row_pass *p, float *sums, int64_t r, const int count, struct how how) {
+CASE void NAME(moment_rows_as)(const struct row_pass *p, float *sums, int64_t r, const int count, struct how how) {
     const struct backward *b = p->b;
     const int64_t channels = p->shape->channels, bytes = (channels + 7) / 8, vectors = (channels + LANES - 1) / LANES;
     float *moments = sums + channels, *positive = moments + channels;
@@ -391,7 +391,7 @@ static void NAME(moment_rows)(const void *context, int64_t block, int worker) {
     for (; r < end; r++) NAME(moment_rows_as)(p, sums, r, 1, how);
 }
 
-INLINE void NAME(dx_rows_as)(const struct row_pass *p, int64_t index, struct how how) {
+CASE void NAME(dx_rows_as)(const struct row_pass *p, int64_t index, struct how how) {
     const struct backward *b = p->b;
     const int64_t channels = p->shape->channels, block = p->blocks - 1 - index, end = block_end(p, block);
     const int64_t bytes = (channels + 7) / 8, vectors = (channels + LANES - 1) / LANES;

@@ -14,6 +14,9 @@ enum {
 };
 
 #define INLINE static inline __attribute__((always_inline))
+#ifndef CASE
+#define CASE INLINE
+#endif
 
 INLINE M tail(int n) { return n == LANES ? (M)0xffff : first(n); }
 
