@@ -31,6 +31,8 @@ def canonical(x_NCX: Tensor) -> Tensor:
 
 def laid_out_as(x_NCX: Tensor, like_NCX: Tensor) -> Tensor:
     """`x_NCX` in the layout of `like_NCX`, which is canonical; a copy only where it has to be one."""
+    if x_NCX.stride() == like_NCX.stride():
+        return x_NCX
     if not is_rows(like_NCX) or like_NCX.dim() == 2:
         return x_NCX.contiguous()
     return x_NCX.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -74,7 +75,7 @@ class _Library:
             raise OSError(f"{path} was built for another lowprec (interface {found}, not {_ABI}); install it again")
         present = library.lowprec_instruction_sets()
         self.available = [name for bit, name in enumerate(_INSTRUCTION_SETS) if present >> bit & 1]
-        self.instruction_set = self.available[-1]
+        self.isa = len(self.available) - 1
         self.forward = library.lowprec_norm_forward
         self.backward = library.lowprec_norm_backward
         self.output_suffices = library.lowprec_output_suffices
@@ -118,11 +119,11 @@ def use(instruction_set: str) -> Iterator[None]:
     library = _load()
     if isinstance(library, str) or instruction_set not in library.available:
         raise ConfigError(f"no CPU kernels for {instruction_set!r} here; there are {instruction_sets()}")
-    before, library.instruction_set = library.instruction_set, instruction_set
+    before, library.isa = library.isa, _INSTRUCTION_SETS.index(instruction_set)
     try:
         yield
     finally:
-        library.instruction_set = before
+        library.isa = before
 
 
 def can_run(x: Tensor, k: int) -> bool:
@@ -150,18 +151,18 @@ def norm_forward(
     from_output: bool,
 ) -> Normalised:
     """`reference.norm_forward`, compiled; x and residual in one canonical layout."""
-    channels, count = x.shape[1], x.numel() // x.shape[1]
+    plan = _plan(x.shape, x.stride(), x.dtype, k)
     kind = _BITS_ACTIVE if relu and not from_output else _BITS_SIGN if from_output and k == 0 else _BITS_NONE
     out = Normalised(
         torch.empty_like(x),
-        torch.empty(channels),
-        torch.empty(channels),
-        torch.empty(bits_shape(x) if kind else 0, dtype=torch.uint8),
-        torch.empty((channels, min(k, count)) if k else 0, dtype=torch.int64),
+        torch.empty(plan.channels),
+        torch.empty(plan.channels),
+        torch.empty(plan.bits_shape if kind else 0, dtype=torch.uint8),
+        torch.empty((plan.channels, plan.k) if k else 0, dtype=torch.int64),
     )
     weight, bias = _float(weight), _float(bias)
     arguments = _Forward(
-        _shape(x, min(k, count)), x.data_ptr(), _address(residual), _address(weight), _address(bias),
+        plan.shape(), x.data_ptr(), _address(residual), _address(weight), _address(bias),
         *(tensor.data_ptr() for tensor in out), eps, relu, kind,
     )  # fmt: skip
     _run("forward", arguments)
@@ -189,7 +190,7 @@ def norm_backward(
     out = Gradients(torch.empty_like(kept), torch.empty_like(scale), torch.empty_like(scale), residual)
     channel_values = [_float(value) for value in (mean, scale, weight, bias, grad_mean, grad_scale)]
     arguments = _Backward(
-        _shape(kept, extremes.shape[1] if k else 0), _address(grad_y), _address(kept),
+        _plan(kept.shape, kept.stride(), kept.dtype, k).shape(), grad_y.data_ptr(), kept.data_ptr(),
         *(_address(value) for value in channel_values), _address(bits), _address(extremes),
         _address(out.x), _address(residual if residual.numel() else None), _address(out.weight), _address(out.bias),
         relu, from_output,
@@ -198,17 +199,38 @@ def norm_backward(
     return out
 
 
-def _shape(x: Tensor, k: int) -> _Shape:
-    rows, channels, count = is_rows(x), x.shape[1], x.numel() // x.shape[1]
-    samples = count if rows else x.shape[0]
-    row_bytes = (channels if rows else count // samples) * x.element_size()
-    stream = x.numel() * x.element_size() > _STREAM_BYTES and row_bytes % 64 == 0
-    constant = linf_constant(count) if k else L1_CONSTANT
-    library = _load()
-    assert isinstance(library, _Library)
-    isa = _INSTRUCTION_SETS.index(library.instruction_set)
-    return _Shape(
-        samples, channels, count // samples, rows, _TYPES[x.dtype], isa, torch.get_num_threads(), stream, k, constant
+@dataclass(frozen=True)
+class _Plan:
+    """What a call needs to know of its tensors, worked out once for every kind of tensor."""
+
+    fields: tuple[int, int, int, bool, int]  # samples, channels, length, rows, type of `_Shape`
+    stream: bool
+    k: int
+    constant: float
+    bits_shape: tuple[int, ...]
+
+    @property
+    def channels(self) -> int:
+        return self.fields[1]
+
+    def shape(self) -> _Shape:
+        library = _load()
+        assert isinstance(library, _Library)
+        return _Shape(*self.fields, library.isa, torch.get_num_threads(), self.stream, self.k, self.constant)
+
+
+@lru_cache(maxsize=1024)
+def _plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, k: int) -> _Plan:
+    like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    rows, channels, count = is_rows(like), shape[1], like.numel() // shape[1]
+    samples = count if rows else shape[0]
+    row_bytes = (channels if rows else count // samples) * like.element_size()
+    return _Plan(
+        fields=(samples, channels, count // samples, rows, _TYPES[dtype]),
+        stream=like.numel() * like.element_size() > _STREAM_BYTES and row_bytes % 64 == 0,
+        k=min(k, count),
+        constant=linf_constant(count) if k else L1_CONSTANT,
+        bits_shape=bits_shape(like),
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lowprec.functional import accumulation_dtype
+from lowprec.functional import accumulation_dtype, cast
 from lowprec.kernels import native, reference
 from lowprec.kernels.layout import bits_shape, canonical, laid_out_as
 from lowprec.kernels.reference import Gradients, Normalised
@@ -163,8 +163,8 @@ def _autograd(ctx: Any, grad_y: Tensor | None, grad_mean: Any, grad_scale: Any, 
     )
     return (
         gradients.x,
-        None if weight is None else gradients.weight.to(weight.dtype),
-        None if bias is None else gradients.bias.to(bias.dtype),
+        None if weight is None else cast(gradients.weight, weight.dtype),
+        None if bias is None else cast(gradients.bias, bias.dtype),
         (gradients.residual if relu else grad_y) if has_residual else None,
         None, None, None, None,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from lowprec.methods.rewrite import inherit, modules_with_paths, replace_module
 from lowprec.methods.tracing import is_hooked
 from lowprec.norm import (
     NORMS,
+    AbsoluteBatchNorm,
     ScaleBatchNorm,
     SyncL1BatchNorm,
     SyncL2BatchNorm,
@@ -150,7 +151,7 @@ def _fused(model: nn.Module, norms: list[ScaleBatchNorm]) -> dict[nn.Module, str
     for norm in norms:
         if isinstance(norm, SyncBatchNorm):
             reasons[norm] = "not fused: joined statistics have no kernel"
-        elif norm.kernel_k() is None:
+        elif not isinstance(norm, AbsoluteBatchNorm) or norm.kernel_k() is None:
             reasons[norm] = "not fused: there is no kernel for it"
         elif is_hooked(norm):
             reasons[norm] = "not fused: there are hooks on it, which would see the output of the ReLU instead"

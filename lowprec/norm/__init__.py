@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lowprec.norm.base import AbsoluteBatchNorm, ScaleBatchNorm
+from lowprec.norm.absolute import AbsoluteBatchNorm
+from lowprec.norm.base import ScaleBatchNorm
 from lowprec.norm.inference import inference_affine, is_norm
 from lowprec.norm.l1 import L1BatchNorm1d, L1BatchNorm2d, L1BatchNorm3d
 from lowprec.norm.l2 import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d

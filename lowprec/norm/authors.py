@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.errors import DataError
-from lowprec.norm.base import AbsoluteBatchNorm
+from lowprec.norm.absolute import AbsoluteBatchNorm
 
 
 def load_authors_state_dict(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,21 +26,11 @@ from lowprec.functional import (
     channel_mean,
     normalise,
 )
-from lowprec.kernels import BackwardChoice, fused_norm, kernels_apply
+from lowprec.kernels import BackwardChoice
 from lowprec.norm.activation import AddReLU, PendingSum
 from lowprec.norm.checks import check_count, check_input, check_not_mapped
 from lowprec.norm.rounded import Accumulation, RoundedArithmetic
 from lowprec.statistics import BatchStatistics, Kind, write_statistics
-
-
-class ScaleEstimator(Protocol):
-    """Streams a data set, batch by batch, to the exact scale of all of it about a mean that is already known."""
-
-    def update(self, x_NCX: Tensor) -> None:
-        """Takes in one batch."""
-
-    def scale(self) -> Tensor:
-        """The (C,) scale of everything taken in, float64, eps included."""
 
 
 class BatchMoments(NamedTuple):
@@ -199,10 +189,6 @@ class ScaleBatchNorm(nn.Module, ABC):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def kernel_k(self) -> int | None:
-        """The `k` of `lowprec.kernels.fused_norm` that computes this norm; None where no kernel does."""
-        return None
-
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | PendingSum:
         """Normalises x (N, C, ...) with the batch's statistics in training, with the running ones in evaluation.
 
@@ -221,30 +207,13 @@ class ScaleBatchNorm(nn.Module, ABC):
             check_count(x)
             if x.numel() == 0:
                 return self._finished(self._empty(x, tracking), residual)
-        y, running = self._fused(x, residual) if self._has_kernel(x, residual) else self._composed(x, residual)
+        y, running = self.of_batch(x, residual)
         if tracking:
             write_statistics(self, running)
         return y
 
-    def _has_kernel(self, x: Tensor, residual: Tensor | None) -> bool:
-        wide = self._rounded is None and not self.joins_processes()
-        alike = residual is None or (x.shape, x.dtype, x.device) == (residual.shape, residual.dtype, residual.device)
-        given = (x,) if residual is None else (x, residual)
-        return wide and alike and self.kernel_k() is not None and all(map(kernels_apply, given))
-
-    def _fused(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, BatchStatistics]:
-        """One kernel for norm, residual and ReLU."""
-        relu = self.act is not None
-        from_output = relu and residual is None and self._backward_choice.review(self.weight, self.bias, x)
-        k = self.kernel_k()
-        assert k is not None
-        y, mean_C, scale_C, *_ = fused_norm(
-            x, self.weight, self.bias, residual, k=k, eps=self.eps, relu=relu, from_output=from_output
-        )
-        return y, self.moments(mean_C.detach(), scale_C.detach(), x.numel() // x.shape[1]).running
-
-    def _composed(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, BatchStatistics]:
-        """The same in separate operations, for what has no kernel."""
+    def of_batch(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, BatchStatistics]:
+        """The result with this batch's own statistics, and what it leaves in the running buffers."""
         mean_C, scale_C, running = self.batch_moments(x)
         if self.stats_dtype is not None:
             x = _rounded_values(x, self.stats_dtype)
@@ -319,28 +288,6 @@ class ScaleBatchNorm(nn.Module, ABC):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-
-class AbsoluteBatchNorm(ScaleBatchNorm):
-    """A norm whose S is a constant times a statistic of |x - mean|, plus eps: no square, no root.
-
-    `running_scale` follows S itself, eps and constant included, without a Bessel factor.
-    """
-
-    running_kinds: ClassVar[Mapping[str, Kind]] = {"running_mean": "mean", "running_scale": "scale"}
-    running_scale: Tensor | None
-
-    @abstractmethod
-    def scale_estimator(self, mean_C: Tensor) -> ScaleEstimator:
-        """The streaming form of S about `mean_C`, for exact re-estimation over a data set."""
-
-    def divisor(self, spread_C: Tensor) -> Tensor:
-        """S, as it is."""
-        return spread_C
-
-    def running_spread(self, spread_C: Tensor, count: int | Tensor) -> Tensor:
-        """S, as it is."""
-        return spread_C
 
 
 def _straight_through(value_C: Tensor, wide_C: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowprec.functional import L1_CONSTANT, Average, deviations, l1_scale, reduced_axes
-from lowprec.norm.base import AbsoluteBatchNorm
+from lowprec.norm.absolute import AbsoluteBatchNorm
 
 
 class L1BatchNorm(AbsoluteBatchNorm):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowprec.errors import ConfigError
 from lowprec.functional import Average, deviations, linf_constant, linf_scale, rows_by_channel, topk_scale
-from lowprec.norm.base import AbsoluteBatchNorm
+from lowprec.norm.absolute import AbsoluteBatchNorm
 from lowprec.norm.rounded import Accumulation
 
 

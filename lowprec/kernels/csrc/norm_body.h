@@ -16,11 +16,7 @@
 #define STREAM JOIN(stream, ELEMENT)
 #define ROUNDED JOIN(rounded, ELEMENT)
 
-static float NAME(value_at)(const void *x, int64_t i) {
-    float all[LANES];
-    store_f32(all, LOAD((const T *)x + i, 1), LANES);
-    return all[0];
-}
+static inline float NAME(value_at)(const void *x, int64_t i) { return JOIN(one, ELEMENT)((const T *)x + i); }
 
 INLINE void NAME(put)(T *p, V v, int n, int stream) {
     if (stream && n == LANES) STREAM(p, v);
@@ -39,7 +35,7 @@ INLINE V NAME(apply)(V x, V mean, V factor, V bias, const T *residual, uint8_t *
     return y;
 }
 
-/* The gradient that the ReLU lets through, what it is multiplied with (z or d), and the signs of d. */
+/* The gradient, where the ReLU lets it through, what it is multiplied with (z or d), and the signs of d. */
 struct NAME(moment) {
     V g, z;
     M on, sign;
@@ -54,7 +50,6 @@ INLINE struct NAME(moment) NAME(moment)(const T *grad, const T *kept, const uint
         if (how.l1) m.sign = at_least(m.z, set1(0)) & tail(n);
         if (how.relu) m.on = get_bits(bits, n);
     }
-    m.g = keep(m.on, m.g);
     return m;
 }
 
@@ -185,8 +180,8 @@ CASE void NAME(backward_planes_as)(const struct plane_pass *p, int64_t task, int
                     if (how.relu) on[i / LANES] = m.on;
                     if (how.l1) signs += __builtin_popcount(m.sign);
                     V swap = total2; /* two sums of each kind take turns, to hide the latency of an addition */
-                    total2 = add(total, m.g), total = swap;
-                    swap = product2, product2 = fma_(m.g, m.z, product), product = swap;
+                    total2 = add_if(total, m.on, m.g), total = swap;
+                    swap = product2, product2 = fma_if(m.g, m.z, product, m.on), product = swap;
                 });
                 sums[c].part[0] = total, sums[c].part[1] = total2, sums[c].part[2] = product, sums[c].part[3] = product2;
                 positive[c] += signs;
@@ -243,6 +238,7 @@ CASE void NAME(sum_rows_as)(const struct row_pass *p, float *sums, int64_t r, co
         V center = load_f32(p->center + c, n);
         V total = load_f32(sums + c, n);
         for (int i = 0; i < count; i++) {
+            __builtin_prefetch((const char *)(x + i * channels + c) + AHEAD);
             V d = sub(LOAD(x + i * channels + c, n), center);
             total = add(total, absolute ? magnitude(d) : d);
         }
@@ -260,6 +256,7 @@ CASE void NAME(sum_and_extremes)(const struct row_pass *p, float *sums, int64_t 
         V high = r % PART ? load_f32(p->largest + part + c, n) : LOAD(x + c, n);
         V low = r % PART ? load_f32(p->smallest + part + c, n) : high;
         for (int i = 0; i < count; i++) {
+            __builtin_prefetch((const char *)(x + i * channels + c) + AHEAD);
             V v = LOAD(x + i * channels + c, n);
             total = add(total, sub(v, center));
             high = larger(v, high), low = smaller(v, low);
@@ -311,45 +308,58 @@ static void NAME(top_rows)(const void *context, int64_t index, int worker) {
     }
     for (int j = 0; j < n; j++) {
         const int64_t c = from + j;
+        const float mean_c = p->f->mean[c], floor_c = values[j][k - 1]; /* there are k deviations at least as large */
         float found[MOST];
         int64_t at[MOST];
         struct top top = top_empty(found, at, k);
         for (int i = 0; i < k && values[j][i] >= 0; i++)
             for (int64_t r = places[j][i] * PART, end = r + PART < rows ? r + PART : rows; r < end; r++) {
-                float size = fabsf(NAME(value_at)(p->f->x, r * channels + c) - p->f->mean[c]);
-                if (size >= found[k - 1]) top_insert(&top, size, r);
+                float size = fabsf(NAME(value_at)(p->f->x, r * channels + c) - mean_c);
+                if (size >= floor_c && size >= found[k - 1]) top_insert(&top, size, r);
             }
         finish_top(p->f, c, &top);
         sign_extremes(p->f, c, NAME(value_at));
     }
 }
 
-CASE void NAME(apply_rows_as)(const struct row_pass *p, int64_t index, int relu, int kind, int has_residual) {
+CASE void NAME(apply_rows_as)(const struct row_pass *p, int64_t r, const int count, int relu, int kind, int has_residual) {
     const struct forward *f = p->f;
-    const int64_t channels = p->shape->channels, block = p->blocks - 1 - index, end = block_end(p, block);
-    const int64_t bytes = (channels + 7) / 8;
+    const int64_t channels = p->shape->channels, bytes = (channels + 7) / 8;
     const int stream = p->shape->stream;
-    const float *mean = f->mean, *factor = p->factor, *bias = p->bias;
-    for (int64_t r = block * p->block; r < end; r++) {
-        const T *x = (const T *)f->x + r * channels, *residual = (const T *)f->residual + (has_residual ? r * channels : 0);
-        T *y = (T *)f->y + r * channels;
-        uint8_t *bits = f->bits + r * bytes;
-        VECTORS(c, channels, {
-            V v = NAME(apply)(LOAD(x + c, n), load_f32(mean + c, n), load_f32(factor + c, n), load_f32(bias + c, n),
-                              has_residual ? residual + c : NULL, bits + c / 8, n, relu, kind);
-            NAME(put)(y + c, v, n, stream);
-        });
-    }
+    const T *x = (const T *)f->x + r * channels, *residual = (const T *)f->residual + (has_residual ? r * channels : 0);
+    T *y = (T *)f->y + r * channels;
+    uint8_t *bits = f->bits + r * bytes;
+    VECTORS(c, channels, {
+        V mean = load_f32(f->mean + c, n);
+        V factor = load_f32(p->factor + c, n);
+        V bias = load_f32(p->bias + c, n);
+        for (int i = 0; i < count; i++) {
+            const int64_t at = i * channels + c;
+            __builtin_prefetch((const char *)(x + at) + AHEAD);
+            if (!stream) __builtin_prefetch((const char *)(y + at) + AHEAD, 1);
+            V v = NAME(apply)(LOAD(x + at, n), mean, factor, bias, has_residual ? residual + at : NULL, bits + i * bytes + c / 8,
+                              n, relu, kind);
+            NAME(put)(y + at, v, n, stream);
+        }
+    });
+}
+
+/* Four rows at a time share what is loaded per channel. */
+CASE void NAME(apply_block_as)(const struct row_pass *p, int64_t block, int relu, int kind, int has_residual) {
+    int64_t r = block * p->block, end = block_end(p, block);
+    for (; r + 4 <= end; r += 4) NAME(apply_rows_as)(p, r, 4, relu, kind, has_residual);
+    for (; r < end; r++) NAME(apply_rows_as)(p, r, 1, relu, kind, has_residual);
 }
 
 static void NAME(apply_rows)(const void *context, int64_t index, int worker) {
     (void)worker;
     const struct row_pass *p = context;
     const struct forward *f = p->f;
-    if (f->relu && !f->residual && f->bits_kind == BITS_SIGN) NAME(apply_rows_as)(p, index, 1, BITS_SIGN, 0);
-    else if (f->relu && !f->residual && f->bits_kind == BITS_NONE) NAME(apply_rows_as)(p, index, 1, BITS_NONE, 0);
-    else if (f->relu && f->residual) NAME(apply_rows_as)(p, index, 1, BITS_ACTIVE, 1);
-    else NAME(apply_rows_as)(p, index, f->relu, f->bits_kind, f->residual != NULL);
+    const int64_t block = p->blocks - 1 - index;
+    if (f->relu && !f->residual && f->bits_kind == BITS_SIGN) NAME(apply_block_as)(p, block, 1, BITS_SIGN, 0);
+    else if (f->relu && !f->residual && f->bits_kind == BITS_NONE) NAME(apply_block_as)(p, block, 1, BITS_NONE, 0);
+    else if (f->relu && f->residual) NAME(apply_block_as)(p, block, 1, BITS_ACTIVE, 1);
+    else NAME(apply_block_as)(p, block, f->relu, f->bits_kind, f->residual != NULL);
 }
 
 CASE void NAME(moment_rows_as)(const struct row_pass *p, float *sums, int64_t r, const int count, struct how how) {
@@ -364,11 +374,13 @@ CASE void NAME(moment_rows_as)(const struct row_pass *p, float *sums, int64_t r,
         V mean = how.from_output ? set1(0) : load_f32(b->mean + c, n);
         for (int i = 0; i < count; i++) {
             const uint8_t *bits = b->bits + (r + i) * bytes + c / 8;
+            __builtin_prefetch((const char *)(grad + i * channels + c) + AHEAD);
+            __builtin_prefetch((const char *)(kept + i * channels + c) + AHEAD);
             struct NAME(moment) m = NAME(moment)(grad + i * channels + c, kept + i * channels + c, bits, mean, n, how);
             if (how.relu) p->masks[(r + i) * vectors + c / LANES] = m.on;
-            total = add(total, m.g);
-            product = fma_(m.g, m.z, product);
-            if (how.l1) signs = add(signs, keep(m.sign, set1(1)));
+            total = add_if(total, m.on, m.g);
+            product = fma_if(m.g, m.z, product, m.on);
+            if (how.l1) signs = add_if(signs, m.sign, set1(1));
         }
         store_f32(sums + c, total, n);
         store_f32(moments + c, product, n);
@@ -391,35 +403,44 @@ static void NAME(moment_rows)(const void *context, int64_t block, int worker) {
     for (; r < end; r++) NAME(moment_rows_as)(p, sums, r, 1, how);
 }
 
-CASE void NAME(dx_rows_as)(const struct row_pass *p, int64_t index, struct how how) {
+CASE void NAME(dx_rows_as)(const struct row_pass *p, int64_t r, const int count, struct how how) {
     const struct backward *b = p->b;
-    const int64_t channels = p->shape->channels, block = p->blocks - 1 - index, end = block_end(p, block);
-    const int64_t bytes = (channels + 7) / 8, vectors = (channels + LANES - 1) / LANES;
+    const int64_t channels = p->shape->channels, bytes = (channels + 7) / 8, vectors = (channels + LANES - 1) / LANES;
     const int stream = p->shape->stream;
-    for (int64_t r = block * p->block; r < end; r++) {
-        const T *grad = (const T *)b->grad_y + r * channels, *kept = (const T *)b->kept + r * channels;
-        const uint8_t *bits = b->bits + r * bytes;
-        T *dx = (T *)b->dx + r * channels, *dresidual = (T *)b->dresidual + (how.residual ? r * channels : 0);
-        VECTORS(c, channels, {
-            V g = LOAD(grad + c, n);
-            V mean = how.from_output ? set1(0) : load_f32(b->mean + c, n);
-            V below = how.l1 ? load_f32(p->below + c, n) : set1(0);
-            if (how.relu) g = keep(p->masks[r * vectors + c / LANES], g);
-            if (how.residual) NAME(put)(dresidual + c, g, n, stream);
-            NAME(put)(dx + c, NAME(dx)(g, kept + c, bits + c / 8, mean, load_f32(p->factor + c, n), load_f32(p->above + c, n),
-                                       below, n, how), n, stream);
-        });
-    }
+    const T *grad = (const T *)b->grad_y + r * channels, *kept = (const T *)b->kept + r * channels;
+    T *dx = (T *)b->dx + r * channels, *dresidual = (T *)b->dresidual + (how.residual ? r * channels : 0);
+    VECTORS(c, channels, {
+        V mean = how.from_output ? set1(0) : load_f32(b->mean + c, n);
+        V factor = load_f32(p->factor + c, n);
+        V above_ = load_f32(p->above + c, n);
+        V below = how.l1 ? load_f32(p->below + c, n) : set1(0);
+        for (int i = 0; i < count; i++) {
+            const int64_t at = i * channels + c;
+            const uint8_t *bits = b->bits + (r + i) * bytes + c / 8;
+            __builtin_prefetch((const char *)(grad + at) + AHEAD);
+            if (!stream) __builtin_prefetch((const char *)(dx + at) + AHEAD, 1);
+            V g = LOAD(grad + at, n);
+            if (how.relu) g = keep(p->masks[(r + i) * vectors + c / LANES], g);
+            if (how.residual) NAME(put)(dresidual + at, g, n, stream);
+            NAME(put)(dx + at, NAME(dx)(g, kept + at, bits, mean, factor, above_, below, n, how), n, stream);
+        }
+    });
+}
+
+CASE void NAME(dx_block_as)(const struct row_pass *p, int64_t block, struct how how) {
+    int64_t r = block * p->block, end = block_end(p, block);
+    for (; r + 4 <= end; r += 4) NAME(dx_rows_as)(p, r, 4, how);
+    for (; r < end; r++) NAME(dx_rows_as)(p, r, 1, how);
 }
 
 static void NAME(dx_rows)(const void *context, int64_t index, int worker) {
     (void)worker;
     const struct row_pass *p = context;
     const struct how how = how_of(p->b);
-    if (how.from_output && how.l1) NAME(dx_rows_as)(p, index, (struct how){1, 1, 1, 0});
-    else if (how.from_output) NAME(dx_rows_as)(p, index, (struct how){0, 1, 1, 0});
-    else if (how.l1 && how.relu) NAME(dx_rows_as)(p, index, (struct how){1, 0, 1, how.residual});
-    else NAME(dx_rows_as)(p, index, how);
+    if (how.from_output && how.l1) NAME(dx_block_as)(p, p->blocks - 1 - index, (struct how){1, 1, 1, 0});
+    else if (how.from_output) NAME(dx_block_as)(p, p->blocks - 1 - index, (struct how){0, 1, 1, 0});
+    else if (how.l1 && how.relu) NAME(dx_block_as)(p, p->blocks - 1 - index, (struct how){1, 0, 1, how.residual});
+    else NAME(dx_block_as)(p, p->blocks - 1 - index, how);
 }
 
 static void NAME(spike_rows)(const struct row_pass *p) {

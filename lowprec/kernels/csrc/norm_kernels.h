@@ -6,11 +6,12 @@
 enum {
     RUN = 4096, /* elements summed in float32 before they go into a double: 64 to 128 a lane */
     MOST = 64,  /* largest k */
-    BLOCK_BYTES = 65536,
+    BLOCK_BYTES = 131072,
     PART = 32, /* rows whose extremes are kept, to find the largest deviations in them later */
     GROUP = 8, /* most channels in a task */
     SLAB_BYTES = 400000,
-    PREFETCH_BYTES = 2048,
+    PREFETCH_BYTES = 2048, /* planes: at least this far into the next piece */
+    AHEAD = 4096,          /* rows: into the next page, which no processor prefetches by itself */
 };
 
 #define INLINE static inline __attribute__((always_inline))

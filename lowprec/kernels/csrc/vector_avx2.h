@@ -41,6 +41,8 @@ static inline V keep(M m, V a) {
     V s = spread(m);
     return BOTH(_mm256_and_ps(s.lo, a.lo), _mm256_and_ps(s.hi, a.hi));
 }
+static inline V add_if(V a, M m, V b) { return add(a, keep(m, b)); }
+static inline V fma_if(V a, V b, V c, M m) { return fma_(keep(m, a), b, c); }
 static inline V pick(M m, V yes, V no) {
     V s = spread(m);
     return BOTH(_mm256_blendv_ps(no.lo, yes.lo, s.lo), _mm256_blendv_ps(no.hi, yes.hi, s.hi));
@@ -101,3 +103,7 @@ static inline void stream_bf16(uint16_t *p, V v) { stream_16(p, to_bf16(v)); }
 static inline V rounded_f32(V v) { return v; }
 static inline V rounded_f16(V v) { return of_f16(to_f16(v)); }
 static inline V rounded_bf16(V v) { return of_bf16(to_bf16(v)); }
+
+static inline float one_f32(const float *p) { return *p; }
+static inline float one_f16(const uint16_t *p) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(*p))); }
+static inline float one_bf16(const uint16_t *p) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(*p << 16))); }

@@ -23,6 +23,8 @@ static inline V in_register(V a) {
     return a;
 }
 static inline V keep(M m, V a) { return _mm512_maskz_mov_ps(m, in_register(a)); }
+static inline V add_if(V a, M m, V b) { return _mm512_mask_add_ps(a, m, a, in_register(b)); }
+static inline V fma_if(V a, V b, V c, M m) { return _mm512_mask3_fmadd_ps(in_register(a), in_register(b), c, m); }
 static inline V pick(M m, V yes, V no) { return _mm512_mask_blend_ps(m, in_register(no), in_register(yes)); }
 
 static inline V load_f32(const float *p, int n) {
@@ -61,3 +63,7 @@ static inline void stream_bf16(uint16_t *p, V v) { _mm256_stream_si256((__m256i 
 static inline V rounded_f32(V v) { return v; }
 static inline V rounded_f16(V v) { return of_f16(to_f16(v)); }
 static inline V rounded_bf16(V v) { return of_bf16(to_bf16(v)); }
+
+static inline float one_f32(const float *p) { return *p; }
+static inline float one_f16(const uint16_t *p) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(*p))); }
+static inline float one_bf16(const uint16_t *p) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(*p << 16))); }

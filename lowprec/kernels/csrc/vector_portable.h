@@ -27,6 +27,8 @@ static inline M at_least(V a, V b) { BITS(a.at[i] >= b.at[i]); }
 static inline M above(V a, V b) { BITS(a.at[i] > b.at[i]); }
 static inline M active(V z) { BITS(!(z.at[i] <= 0)); }
 static inline V keep(M m, V a) { EACH(m >> i & 1 ? a.at[i] : 0); }
+static inline V add_if(V a, M m, V b) { EACH(m >> i & 1 ? a.at[i] + b.at[i] : a.at[i]); }
+static inline V fma_if(V a, V b, V c, M m) { EACH(m >> i & 1 ? a.at[i] * b.at[i] + c.at[i] : c.at[i]); }
 static inline V pick(M m, V yes, V no) { EACH(m >> i & 1 ? yes.at[i] : no.at[i]); }
 
 static inline float float_of(uint32_t bits) { float f; return memcpy(&f, &bits, 4), f; }
@@ -64,3 +66,7 @@ static inline void stream_bf16(uint16_t *p, V v) { store_bf16(p, v, LANES); }
 static inline V rounded_f32(V v) { return v; }
 static inline V rounded_f16(V v) { EACH(from_f16(as_f16(v.at[i]))); }
 static inline V rounded_bf16(V v) { EACH(from_bf16(as_bf16(v.at[i]))); }
+
+static inline float one_f32(const float *p) { return *p; }
+static inline float one_f16(const uint16_t *p) { return from_f16(*p); }
+static inline float one_bf16(const uint16_t *p) { return from_bf16(*p); }
