@@ -112,7 +112,7 @@ def write_statistics(module: nn.Module, batch: BatchStatistics, landed: bool | T
     narrow = getattr(module, "stats_dtype", None)
     for name, value in batch.values.items():
         buffer = getattr(module, name)
-        plain = buffer.dtype == value.dtype == torch.float32 and buffer.device == value.device
+        plain = narrow is None and buffer.dtype == value.dtype == torch.float32 and buffer.device == value.device
         if landed is True and plain and isinstance(factor, float) and factor < 1:
             buffer.lerp_(value, factor)
             continue
