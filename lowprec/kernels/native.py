@@ -134,8 +134,7 @@ def can_run(x: Tensor, k: int) -> bool:
 def output_suffices(weight: Tensor, bias: Tensor | None, limit: float) -> bool | None:
     """Whether |weight| > limit (|weight| + |bias|) in every channel; None where this cannot tell."""
     library = _load()
-    values = (weight,) if bias is None else (weight, bias)
-    if isinstance(library, str) or any(v.dtype != torch.float32 or not v.is_contiguous() for v in values):
+    if isinstance(library, str) or not _plain(weight) or (bias is not None and not _plain(bias)):
         return None
     return bool(library.output_suffices(weight.data_ptr(), _address(bias), weight.numel(), limit))
 
@@ -235,9 +234,13 @@ def _plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, k: in
 
 
 def _float(value_C: Tensor | None) -> Tensor | None:
-    if value_C is None or (value_C.dtype == torch.float32 and value_C.is_contiguous()):
+    if value_C is None or _plain(value_C):
         return value_C
     return value_C.detach().float().contiguous()
+
+
+def _plain(value_C: Tensor) -> bool:
+    return value_C.dtype == torch.float32 and value_C.is_contiguous()
 
 
 def _address(tensor: Tensor | None) -> int | None:

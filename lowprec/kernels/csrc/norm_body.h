@@ -175,7 +175,8 @@ CASE void NAME(backward_planes_as)(const struct plane_pass *p, int64_t task, int
                 V total = sums[c].part[0], total2 = sums[c].part[1], product = sums[c].part[2], product2 = sums[c].part[3];
                 int64_t signs = 0;
                 VECTORS(i, end - from, {
-                    __builtin_prefetch(g + ahead + i), __builtin_prefetch(z + ahead + i);
+                    PREFETCH(g + i, ahead * (int64_t)sizeof(T), 0);
+                    PREFETCH(z + i, ahead * (int64_t)sizeof(T), how.from_output);
                     struct NAME(moment) m = NAME(moment)(g + i, z + i, bits + (from + i) / 8, mean, n, how);
                     if (how.relu) on[i / LANES] = m.on;
                     if (how.l1) signs += __builtin_popcount(m.sign);
@@ -238,7 +239,7 @@ CASE void NAME(sum_rows_as)(const struct row_pass *p, float *sums, int64_t r, co
         V center = load_f32(p->center + c, n);
         V total = load_f32(sums + c, n);
         for (int i = 0; i < count; i++) {
-            __builtin_prefetch((const char *)(x + i * channels + c) + AHEAD);
+            PREFETCH(x + i * channels + c, AHEAD, 0);
             V d = sub(LOAD(x + i * channels + c, n), center);
             total = add(total, absolute ? magnitude(d) : d);
         }
@@ -256,7 +257,7 @@ CASE void NAME(sum_and_extremes)(const struct row_pass *p, float *sums, int64_t 
         V high = r % PART ? load_f32(p->largest + part + c, n) : LOAD(x + c, n);
         V low = r % PART ? load_f32(p->smallest + part + c, n) : high;
         for (int i = 0; i < count; i++) {
-            __builtin_prefetch((const char *)(x + i * channels + c) + AHEAD);
+            PREFETCH(x + i * channels + c, AHEAD, 0);
             V v = LOAD(x + i * channels + c, n);
             total = add(total, sub(v, center));
             high = larger(v, high), low = smaller(v, low);
@@ -335,7 +336,7 @@ CASE void NAME(apply_rows_as)(const struct row_pass *p, int64_t r, const int cou
         V bias = load_f32(p->bias + c, n);
         for (int i = 0; i < count; i++) {
             const int64_t at = i * channels + c;
-            __builtin_prefetch((const char *)(x + at) + AHEAD);
+            PREFETCH(x + at, AHEAD, 1);
             if (!stream) __builtin_prefetch((const char *)(y + at) + AHEAD, 1);
             V v = NAME(apply)(LOAD(x + at, n), mean, factor, bias, has_residual ? residual + at : NULL, bits + i * bytes + c / 8,
                               n, relu, kind);
@@ -374,8 +375,8 @@ CASE void NAME(moment_rows_as)(const struct row_pass *p, float *sums, int64_t r,
         V mean = how.from_output ? set1(0) : load_f32(b->mean + c, n);
         for (int i = 0; i < count; i++) {
             const uint8_t *bits = b->bits + (r + i) * bytes + c / 8;
-            __builtin_prefetch((const char *)(grad + i * channels + c) + AHEAD);
-            __builtin_prefetch((const char *)(kept + i * channels + c) + AHEAD);
+            PREFETCH(grad + i * channels + c, AHEAD, 0);
+            PREFETCH(kept + i * channels + c, AHEAD, how.from_output);
             struct NAME(moment) m = NAME(moment)(grad + i * channels + c, kept + i * channels + c, bits, mean, n, how);
             if (how.relu) p->masks[(r + i) * vectors + c / LANES] = m.on;
             total = add_if(total, m.on, m.g);
@@ -417,7 +418,7 @@ CASE void NAME(dx_rows_as)(const struct row_pass *p, int64_t r, const int count,
         for (int i = 0; i < count; i++) {
             const int64_t at = i * channels + c;
             const uint8_t *bits = b->bits + (r + i) * bytes + c / 8;
-            __builtin_prefetch((const char *)(grad + at) + AHEAD);
+            PREFETCH(grad + at, AHEAD, 1);
             if (!stream) __builtin_prefetch((const char *)(dx + at) + AHEAD, 1);
             V g = LOAD(grad + at, n);
             if (how.relu) g = keep(p->masks[(r + i) * vectors + c / LANES], g);

@@ -75,6 +75,14 @@ INLINE void sums_totals2(struct sums *s, double *first_sum, double *second_sum) 
     for (int i = 0; i < LANES; i++) *first_sum += s->whole[i], *second_sum += s->whole2[i];
 }
 
+/* Fetches what lies `bytes` further on. What is read for the last time (a constant) leaves no copy in the outer caches,
+ * where it would drive out what is read again. */
+#define PREFETCH(address, bytes, last) \
+    do { \
+        if (last) __builtin_prefetch((const char *)(address) + (bytes), 0, 0); \
+        else __builtin_prefetch((const char *)(address) + (bytes)); \
+    } while (0)
+
 /* Runs a block for every vector from 0 to length, with n elements in it: a constant but for the last. */
 #define VECTORS(i, length, ...) \
     do { \
