@@ -50,3 +50,13 @@ def test_the_benchmark_of_the_fused_norms_reports_what_is_missed():
     assert fused_norm.verdict({"rows": [good], "resnet18": resnet}, quick=False) == []
     assert len(fused_norm.verdict({"rows": [good, slow, wrong], "resnet18": {**resnet, "held": False}}, False)) == 3
     assert len(fused_norm.verdict({"rows": [good, slow, wrong], "resnet18": resnet}, quick=True)) == 1
+
+
+def test_the_readme_shows_the_stored_run_of_the_fused_norms():
+    stored = json.loads((ROOT / "tests" / "benchmarks" / "results" / "fused_norm.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for line in fused_norm.readme_table(stored):
+        assert line in readme
+    step = stored["resnet18"]
+    assert f"is {step['median']:.2f} ({step['q1']:.2f} to {step['q3']:.2f}) times as fast" in readme
+    assert stored["missed"] == []

@@ -134,7 +134,9 @@ def test_vmap_and_forward_mode_take_the_composed_way(layer, monkeypatch):
     each = torch.stack([norm(one) for one in x])
     one = x[0].clone().requires_grad_()
     rows = torch.stack([torch.autograd.grad(value, one, retain_graph=True)[0] for value in norm(one).flatten()])
-    monkeypatch.setattr("lowprec.norm.absolute.fused_norm", lambda *args, **options: pytest.fail("the operator was used"))
+    monkeypatch.setattr(
+        "lowprec.norm.absolute.fused_norm", lambda *args, **options: pytest.fail("the operator was used")
+    )
     # The same sums in another order: a dozen float64 roundings of values of order 1.
     torch.testing.assert_close(torch.func.vmap(norm)(x), each, rtol=0, atol=1e-14)
     with forward_ad.dual_level():

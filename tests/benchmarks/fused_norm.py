@@ -369,6 +369,17 @@ def run(rounds: int, quick: bool) -> dict[str, Any]:
     return results
 
 
+def readme_table(results: dict[str, Any]) -> list[str]:
+    """The lines of the README's table: the two sizes side by side."""
+    lines = ["| | " + " | ".join(DTYPES) + " |", "|---|" + "---|" * len(DTYPES)]
+    for family in FAMILIES:
+        for layout in FORMATS:
+            found = [row for row in results["rows"] if (row["family"], row["layout"]) == (family, layout)]
+            cells = (" / ".join(f"{r['median']:.2f}" for r in found if r["dtype"] == dtype) for dtype in DTYPES)
+            lines.append(f"| {family} + ReLU, {layout} | {' | '.join(cells)} |")
+    return lines
+
+
 def verdict(results: dict[str, Any], quick: bool) -> list[str]:
     """What was missed, in words; at the sizes of --quick only values count."""
     missed = []
