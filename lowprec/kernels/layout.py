@@ -7,17 +7,36 @@ channels_last and a plain (N, C). Everything else is copied into planes first. B
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 
 def is_rows(x_NCX: Tensor) -> bool:
     """Whether the channel is the innermost axis; a contiguous tensor with one element per channel counts as rows."""
-    shape, strides = x_NCX.shape, x_NCX.stride()
-    if len(shape) > 2 and x_NCX.is_contiguous() and x_NCX.numel() != shape[0] * shape[1]:
+    try:
+        return _remembered(x_NCX.shape, x_NCX.stride())
+    except TypeError:  # symbolic sizes have no hash
+        return _is_rows(x_NCX.shape, x_NCX.stride())
+
+
+@lru_cache(maxsize=1024)
+def _remembered(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    return _is_rows(shape, strides)
+
+
+def _is_rows(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    if len(shape) > 2 and _is_dense(shape, strides, range(len(shape))) and any(size != 1 for size in shape[2:]):
         return False
+    return _is_dense(shape, strides, (0, *range(2, len(shape)), 1))
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
+    """Whether the elements fill memory without a gap, with the axes in this order from the outermost."""
     expected = 1
-    for axis in (1, *range(len(shape) - 1, 1, -1), 0):
+    for axis in reversed(order):
         if shape[axis] != 1 and strides[axis] != expected:
             return False
         expected *= shape[axis]

@@ -178,7 +178,6 @@ class _FusedNorm(torch.autograd.Function):
         """As `lowprec::norm`."""
         output = _forward(*args)
         _setup_context(ctx, args, output)
-        ctx.mark_non_differentiable(output.bits, output.extremes)
         return tuple(output)
 
     @staticmethod

@@ -50,8 +50,8 @@ class AbsoluteBatchNorm(ScaleBatchNorm):
         y, mean_C, scale_C, *_ = fused_norm(
             x, self.weight, self.bias, residual, k=k, eps=self.eps, relu=relu, from_output=from_output
         )
-        values = {"running_mean": mean_C.detach(), "running_scale": scale_C.detach()}
-        return y, BatchStatistics(x.numel() // self.num_features, values)
+        # Not detached, which would cost two calls: they are written, without a graph, and dropped.
+        return y, BatchStatistics(x.numel() // self.num_features, {"running_mean": mean_C, "running_scale": scale_C})
 
     def _can_run(self, x: Tensor, residual: Tensor | None) -> bool:
         if self.stats_dtype is not None or self.joins_processes() or not kernels_apply(x):

@@ -73,7 +73,7 @@ class PendingSum:
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Tensor:
         """What torch calls when a function of its own gets a pending sum as an argument."""
-        (pending,) = (arg for arg in args if isinstance(arg, cls))
+        pending = next(arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, cls))
         if func not in _ADDITIONS or len(args) != 2 or kwargs:
             raise pending._unexpected(f"given to {getattr(func, '__name__', func)}")
         # Not `pending + ...`: torch.compile would come back here with it.
