@@ -364,7 +364,7 @@ def run(rounds: int, quick: bool) -> dict[str, Any]:
             text = ", ".join(f"{name} {ours[name] / theirs[name]:.2f}" for name in ours if theirs[name])
             mib = {name: f"{ours[name] / 2**20:.0f} of {theirs[name] / 2**20:.0f} MiB" for name in ours}
             print(f"process growth, {LAYERS} layers, {dtype} {layout} {activation / 2**20:.0f} MiB each: {text} {mib}")
-    results["resnet18"] = resnet_step(1 if quick else max(15, rounds), *((2, 32) if quick else (8, 224)))
+    results["resnet18"] = resnet_step(1 if quick else max(31, rounds), *((2, 32) if quick else (8, 224)))
     print(f"ResNet-18 step, BatchNorm's time by ours: {results['resnet18']}")
     return results
 
