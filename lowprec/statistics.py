@@ -113,6 +113,7 @@ def write_statistics(module: nn.Module, batch: BatchStatistics, landed: bool | T
     for name, value in batch.values.items():
         buffer = getattr(module, name)
         plain = narrow is None and buffer.dtype == value.dtype == torch.float32 and buffer.device == value.device
+        # At a factor of 1 an infinite value would come out of a lerp as NaN.
         if landed is True and plain and isinstance(factor, float) and factor < 1:
             buffer.lerp_(value, factor)
             continue

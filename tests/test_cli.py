@@ -75,6 +75,16 @@ def test_every_command_has_help(command, tmp_path):
         assert COMMANDS[name][1:20] in done.stdout
 
 
+def test_doctor_says_what_computes_the_norms(command, tmp_path, monkeypatch):
+    from lowprec.kernels import native
+
+    for found in native.instruction_sets()[-1:]:
+        assert f"norm kernels: CPU, compiled for {found}" in command("doctor", cwd=tmp_path).stdout
+    monkeypatch.setattr(native, "_load", lambda: "the CPU kernels were not built")
+    done = command("doctor", cwd=tmp_path)
+    assert done.stdout.count("norm kernels: the CPU kernels were not built; until then torch computes them") == 1
+
+
 def test_help_needs_no_torch(process, tmp_path):
     done = process("--help", cwd=tmp_path, before="import sys; sys.modules['torch'] = None")
     assert done.status == 0, done.stderr

@@ -249,12 +249,22 @@ def test_no_kernel_no_fusing():
     assert not any(map(fused_norms, (converted, narrow, half)))
 
 
-@pytest.mark.parametrize("write", ["x + y", "y + x", "x.add(y)", "y.add(x)", "y.add_(x)", "torch.add(x, y)"])
+WAYS = {
+    "x + y": lambda x, y: x + y,
+    "y + x": lambda x, y: y + x,
+    "x.add(y)": lambda x, y: x.add(y),
+    "y.add(x)": lambda x, y: y.add(x),
+    "y.add_(x)": lambda x, y: y.add_(x),
+    "torch.add(x, y)": lambda x, y: torch.add(x, y),
+}
+
+
+@pytest.mark.parametrize("write", WAYS.values(), ids=WAYS)
 def test_every_way_to_write_the_sum(write):
     class Sum(Pair):
         def forward(self, x):
             y = self.bn1(self.a(x))
-            return self.relu(eval(write, {"torch": torch}, {"x": x, "y": y}))
+            return self.relu(write(x, y))
 
     fused, plain = both(Sum().double())
     assert fused.bn1.awaits_residual

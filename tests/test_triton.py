@@ -12,12 +12,13 @@ import sys
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lowprec.functional import L1_CONSTANT, linf_constant
-from lowprec.kernels import reference
+from lowprec.kernels import operators, reference
 from lowprec.kernels.layout import pack, unpack
 
 if find_spec("triton") is None:
@@ -202,10 +203,10 @@ def test_the_same_bits_every_time():
 @pytest.mark.parametrize(("dtype", "k"), [(torch.float64, 0), (torch.float32, triton_norm.MOST_EXTREMES + 1)])
 def test_what_the_kernels_do_not_know_the_reference_computes(dtype, k):
     x = random((3, 9, 5, 5), False, dtype)
-    assert not triton_norm.can_run(x, k)
-    found = triton_norm.norm_forward(x, None, None, None, k, 1e-5, True, False)
-    wanted = reference.norm_forward(x, None, None, None, k, 1e-5, True, False)
-    assert all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=x.dtype, shape=x.shape, numel=x.numel)
+    assert operators._kernels(on_a_gpu, k) is reference
+    on_a_gpu.dtype = torch.float16
+    assert operators._kernels(on_a_gpu, triton_norm.MOST_EXTREMES) is triton_norm
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile the kernels")

@@ -91,7 +91,7 @@ def _kernels() -> str:
     cpu = (
         f"{reason}; until then torch computes them" if reason else f"CPU, compiled for {native.instruction_sets()[-1]}"
     )
-    return f"{cpu}; CUDA, Triton {_version('triton')}" if is_installed("triton") else cpu
+    return f"{cpu}; for CUDA devices Triton {_version('triton')}" if is_installed("triton") else cpu
 
 
 def _backends() -> dict[str, dict[str, Any]]:

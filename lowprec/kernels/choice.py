@@ -38,7 +38,7 @@ def output_suffices(weight_C: Tensor | None, bias_C: Tensor | None, dtype: torch
     """Whether a backward from an output of `dtype` is accurate: the bound of the module docstring, over all channels.
 
     Returns:
-        a 0-d bool tensor on the parameters' device, or True where there are none.
+        a bool where it is known at once, else a 0-d bool tensor on the parameters' device.
     """
     if weight_C is None:
         return bias_C is None

@@ -203,7 +203,7 @@ class _Plan:
     """What a call needs to know of its tensors, worked out once for every kind of tensor."""
 
     fields: tuple[int, int, int, bool, int]  # samples, channels, length, rows, type of `_Shape`
-    stream: bool
+    streamable_bytes: int  # of a result whose rows are whole cache lines, else 0
     k: int
     constant: float
     bits_shape: tuple[int, ...]
@@ -215,7 +215,8 @@ class _Plan:
     def shape(self) -> _Shape:
         library = _load()
         assert isinstance(library, _Library)
-        return _Shape(*self.fields, library.isa, torch.get_num_threads(), self.stream, self.k, self.constant)
+        stream = self.streamable_bytes > _STREAM_BYTES
+        return _Shape(*self.fields, library.isa, torch.get_num_threads(), stream, self.k, self.constant)
 
 
 @lru_cache(maxsize=1024)
@@ -226,7 +227,7 @@ def _plan(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, k: in
     row_bytes = (channels if rows else count // samples) * like.element_size()
     return _Plan(
         fields=(samples, channels, count // samples, rows, _TYPES[dtype]),
-        stream=like.numel() * like.element_size() > _STREAM_BYTES and row_bytes % 64 == 0,
+        streamable_bytes=like.numel() * like.element_size() if row_bytes % 64 == 0 else 0,
         k=min(k, count),
         constant=linf_constant(count) if k else L1_CONSTANT,
         bits_shape=bits_shape(like),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -110,11 +111,19 @@ def _kernels(x: Tensor, k: int) -> Any:
     """The module that has the two functions for tensors like `x`."""
     if x.device.type == "cpu" and native.can_run(x, k):
         return native
-    if x.device.type == "cuda" and x.dtype != torch.float64 and is_installed("triton"):
-        from lowprec.kernels import triton_norm
-
+    if x.device.type == "cuda" and (triton_norm := _triton()) is not None and triton_norm.can_run(x, k):
         return triton_norm
     return reference
+
+
+@cache
+def _triton() -> Any:
+    """The Triton kernels; None where Triton is not installed."""
+    if not is_installed("triton"):
+        return None
+    from lowprec.kernels import triton_norm
+
+    return triton_norm
 
 
 def _fake_forward(
@@ -171,7 +180,7 @@ def _autograd(ctx: Any, grad_y: Tensor | None, grad_mean: Any, grad_scale: Any, 
 
 
 class _FusedNorm(torch.autograd.Function):
-    """The operator without the dispatcher: its Python layers cost as much as a small kernel (0.4 ms, caches cold)."""
+    """The operator without the dispatcher, whose layers of Python are dear beside a small kernel."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:

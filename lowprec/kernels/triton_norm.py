@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from lowprec.functional import L1_CONSTANT, linf_constant
-from lowprec.kernels import reference, triton_backward, triton_forward
+from lowprec.kernels import triton_backward, triton_forward
 from lowprec.kernels.layout import bits_shape, is_rows
 from lowprec.kernels.reference import Gradients, Normalised
 
@@ -30,7 +30,7 @@ TILE_CHANNELS = 128
 # program of the next pass reads the partial results of all that share its channels.
 PROGRAMS = 512
 BLOCKS = 256
-# Candidates of a channel, k times BLOCKS, are chosen from by one program; above that the reference runs.
+# Candidates of a channel, k times BLOCKS, are chosen from by one program.
 MOST_EXTREMES = 32
 
 
@@ -74,9 +74,7 @@ def norm_forward(
     relu: bool,
     from_output: bool,
 ) -> Normalised:
-    """`reference.norm_forward`; x and residual in one canonical layout."""
-    if not can_run(x, k):
-        return reference.norm_forward(x, weight, bias, residual, k, eps, relu, from_output)
+    """`reference.norm_forward` where `can_run`; x and residual in one canonical layout."""
     plan = _plan(x)
     active, sign = relu and not from_output, from_output and k == 0
     mean, scale = (torch.empty(plan.channels, device=x.device) for _ in range(2))
@@ -114,12 +112,7 @@ def norm_backward(
     from_output: bool,
     has_residual: bool,
 ) -> Gradients:
-    """`reference.norm_backward`; grad_y and kept in one canonical layout."""
-    if not can_run(kept, 0):
-        return reference.norm_backward(
-            grad_y, kept, mean, scale, bits, extremes, weight, bias, grad_mean, grad_scale, k, relu, from_output,
-            has_residual,
-        )  # fmt: skip
+    """`reference.norm_backward` where `can_run`; grad_y and kept in one canonical layout."""
     plan = _plan(kept)
     ranks = extremes.shape[1] if k else 0
     constant = linf_constant(plan.each) if k else L1_CONSTANT

@@ -30,8 +30,8 @@ static const struct kernels *kernels_for(const struct shape *s) {
     return &portable_kernels[s->type];
 }
 
-/* A result of 32 MiB or more is new memory every time (glibc maps it anew), and providing it in pages of 4 KiB takes
- * several times as long as the kernel: ask for pages of 2 MiB. */
+/* A result of 32 MiB or more is new memory every time (glibc maps it anew), and the system needs longer
+ * to provide it in pages of 4 KiB than in pages of 2 MiB: ask for those. */
 static void ask_for_large_pages(const struct shape *s, void *result) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const uintptr_t page = 2 << 20;

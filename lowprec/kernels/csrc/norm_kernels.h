@@ -32,17 +32,17 @@ static inline M get_bits(const uint8_t *from, int n) {
 }
 static inline float weight_of(const float *weight, int64_t c) { return weight ? weight[c] : 1; }
 
-/* Sums in float32 lanes that are emptied into doubles. */
+/* Sums in four times sixteen float32 lanes, which are emptied into doubles. */
 struct sums {
     V part[4];
-    double whole[LANES], whole2[LANES];
+    double whole[4][LANES];
     int64_t taken;
 };
 INLINE void sums_flush(struct sums *s) {
     float part[LANES];
     for (int j = 0; j < 4; j++) {
         store_f32(part, s->part[j], LANES);
-        for (int i = 0; i < LANES; i++) s->whole[i] += part[i];
+        for (int i = 0; i < LANES; i++) s->whole[j][i] += part[i];
         s->part[j] = set1(0);
     }
     s->taken = 0;
@@ -51,28 +51,12 @@ INLINE void sums_took(struct sums *s, int64_t elements) {
     s->taken += elements;
     if (s->taken >= RUN) sums_flush(s);
 }
-INLINE double sums_total(struct sums *s) {
+INLINE double sums_total(struct sums *s, int first_part, int last_part) {
     double total = 0;
     sums_flush(s);
-    for (int i = 0; i < LANES; i++) total += s->whole[i];
+    for (int j = first_part; j <= last_part; j++)
+        for (int i = 0; i < LANES; i++) total += s->whole[j][i];
     return total;
-}
-
-/* The same for two sums at once, in parts 0, 1 and in parts 2, 3. */
-INLINE void sums_took2(struct sums *s, int64_t elements) {
-    s->taken += elements;
-    if (s->taken < RUN) return;
-    float part[LANES];
-    for (int j = 0; j < 4; j++) {
-        store_f32(part, s->part[j], LANES);
-        for (int i = 0; i < LANES; i++) (j < 2 ? s->whole : s->whole2)[i] += part[i];
-        s->part[j] = set1(0);
-    }
-    s->taken = 0;
-}
-INLINE void sums_totals2(struct sums *s, double *first_sum, double *second_sum) {
-    sums_took2(s, RUN);
-    for (int i = 0; i < LANES; i++) *first_sum += s->whole[i], *second_sum += s->whole2[i];
 }
 
 /* Fetches what lies `bytes` further on. What is read for the last time (a constant) leaves no copy in the outer caches,

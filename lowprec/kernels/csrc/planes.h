@@ -53,7 +53,7 @@ CASE void NAME(forward_planes_as)(const struct plane_pass *p, int64_t task, int 
     for (int64_t r = rows - 1; r >= 0; r--)
         for (int c = 0; c < count; c++)
             NAME(sum_row)(&sums[c], x + r * step + c * length, length, set1(ones[c]), 0, -ahead);
-    for (int c = 0; c < count; c++) finish_mean(f, start + c, ones[c], sums_total(&sums[c]));
+    for (int c = 0; c < count; c++) finish_mean(f, start + c, ones[c], sums_total(&sums[c], 0, 3));
     if (s->k) {
         for (int c = 0; c < count; c++) {
             float values[MOST];
@@ -69,7 +69,7 @@ CASE void NAME(forward_planes_as)(const struct plane_pass *p, int64_t task, int 
         for (int64_t r = 0; r < rows; r++)
             for (int c = 0; c < count; c++)
                 NAME(sum_row)(&sums[c], x + r * step + c * length, length, set1(f->mean[start + c]), 1, 0);
-        for (int c = 0; c < count; c++) finish_l1(f, start + c, sums_total(&sums[c]));
+        for (int c = 0; c < count; c++) finish_l1(f, start + c, sums_total(&sums[c], 0, 3));
     }
     for (int64_t r = rows - 1; r >= 0; r--)
         for (int c = 0; c < count; c++) {
@@ -128,13 +128,12 @@ CASE void NAME(backward_planes_as)(const struct plane_pass *p, int64_t task, int
                 });
                 sums[c].part[0] = total, sums[c].part[1] = total2, sums[c].part[2] = product, sums[c].part[3] = product2;
                 positive[c] += signs;
-                sums_took2(&sums[c], end - from);
+                sums_took(&sums[c], end - from);
             }
         }
     struct coefficients k[GROUP];
     for (int c = 0; c < count; c++) {
-        double sum = 0, moment = 0;
-        sums_totals2(&sums[c], &sum, &moment);
+        const double sum = sums_total(&sums[c], 0, 1), moment = sums_total(&sums[c], 2, 3);
         k[c] = finish_backward(b, start + c, sum, moment, (double)positive[c]);
     }
     for (int64_t r = rows - 1; r >= 0; r--)

@@ -16,8 +16,8 @@ static inline V smaller(V a, V b) { return _mm512_min_ps(a, b); }
 static inline M at_least(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 static inline M above(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 static inline M active(V z) { return _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_NLE_UQ); }
-/* The masks below hold random bits. Without the barrier the compiler merges a load into the masked move, and masked
- * loads of random bits take several times as long (Zen 5: the backward of rows 2.5 times). */
+/* The masks below hold random bits. Without the barrier the compiler merges a load into the masked move, and some
+ * processors take several times as long for a masked load whose bits are random. */
 static inline V in_register(V a) {
     __asm__("" : "+v"(a));
     return a;
