@@ -1,7 +1,8 @@
 """Folds what algebra can fold into weights, in float64, and says why the rest stays.
 
-`trace` gives the truth, `fold_traced` works on it, `fold` is both. To add a rule: a file in `rules/` with `find`,
-`check` and `apply` on the neutral graph, one line in `RULES`, and rows in the tests' case table, refusals included.
+`trace` gives the truth, `fold_traced` works on it, `fold` is both. To add a rule: a file in `rules/` that works on the
+neutral graph, one line in `RULES`, and rows in the tests' case table, refusals included. To let scales and shifts pass
+an operation that is opaque so far: one line in `OPERATIONS` (`fx_read.py`).
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ from lowprec.export.folding.apply import fold_with_rules
 from lowprec.export.folding.module import FoldedModule
 from lowprec.export.folding.rules.affine_after_affine import AFFINE_AFTER_AFFINE
 from lowprec.export.folding.rules.affine_after_linear import AFFINE_AFTER_LINEAR
+from lowprec.export.folding.rules.channel_gauges import CHANNEL_GAUGES
 from lowprec.export.folding.rules.identity_affine import IDENTITY_AFFINE
-from lowprec.export.folding.rules.rule import Match, Rule
+from lowprec.export.folding.rules.parallel_branches import PARALLEL_BRANCHES
+from lowprec.export.folding.rules.rule import Rule
 from lowprec.export.folding.trace import Traced, trace
 from lowprec.report import ChangeReport
 
-__all__ = ["RULES", "FoldedModule", "Match", "Rule", "Traced", "fold", "fold_traced", "trace"]
+__all__ = ["RULES", "FoldedModule", "Rule", "Traced", "fold", "fold_traced", "trace"]
 
-# In order of application; each goes over the whole graph before the next one starts.
-RULES: dict[str, Rule] = {rule.name: rule for rule in (IDENTITY_AFFINE, AFFINE_AFTER_LINEAR, AFFINE_AFTER_AFFINE)}
+# In order of application; each goes over the whole graph, and a change sends the graph back to the first. What no local
+# rule can fold is left to the last one, which looks at the whole graph once.
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (IDENTITY_AFFINE, AFFINE_AFTER_LINEAR, PARALLEL_BRANCHES, AFFINE_AFTER_AFFINE, CHANNEL_GAUGES)
+}
 
 
 def fold_traced(traced: Traced) -> tuple[FoldedModule, ChangeReport]:

@@ -1,4 +1,4 @@
-"""The algebra of folding: a per-channel affine after a linear operation becomes that operation's own constants.
+"""The algebra of folding: per-channel affines before and after a linear operation become its own constants.
 
 Plain numpy in float64 on weights alone, so that one copy serves traced modules and ONNX files, and so that the caller
 rounds once. The obvious alternative, torch's `fuse_conv_bn_weights`, computes in the weight's dtype, has no transposed
@@ -7,11 +7,13 @@ convolution with groups, and is silent when a constant overflows.
 Shape letters: O output channels, I input channels *per group*, G groups, M output channels per group (O = G * M),
 C all input channels (C = G * I), K everything behind them (the flattened kernel window, of any rank).
 
-Padding never matters here: an affine on the output acts after the sum over the window.
+Padding does not matter to an affine on the output, which acts after the sum over the window. On the input a scale
+passes any padding of zeros, a shift only a window that reads none.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -20,7 +22,32 @@ from numpy.typing import NDArray
 from lowprec.affine import ChannelAffine
 
 Array = NDArray[np.float64]
-LinearKind = Literal["conv", "conv_transpose", "linear"]
+LinearKind = Literal["conv", "conv_transpose", "linear", "embedding"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution's kernel meets its input, one number per axis of the kernel.
+
+    Args:
+        stride: steps between outputs.
+        padding: zeros on either side.
+        dilation: steps between taps.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def plain(cls, axes: int) -> Window:
+        """Stride 1, no padding, dilation 1."""
+        return cls((1,) * axes, (0,) * axes, (1,) * axes)
+
+    @property
+    def pads(self) -> bool:
+        """Whether zeros are read at the borders."""
+        return any(self.padding)
 
 
 def fold_into_conv(weight_OIK: Array, bias_O: Array | None, affine_O: ChannelAffine) -> tuple[Array, Array]:
@@ -75,16 +102,74 @@ def fold_into_conv_transpose(
 
 def fold_affine(
     kind: LinearKind, weight: Array, bias_O: Array | None, affine_O: ChannelAffine, groups: int = 1
-) -> tuple[Array, Array]:
-    """The fold for one kind of linear operation: dispatches to the three functions above."""
+) -> tuple[Array, Array | None]:
+    """The fold for one kind of linear operation: dispatches to the functions above.
+
+    An embedding's table (V, O) has no bias; its rows take scale and shift.
+    """
     if kind == "conv_transpose":
         return fold_into_conv_transpose(weight, bias_O, affine_O, groups)
+    if kind == "embedding":
+        return np.asarray(weight, np.float64) * affine_O.scale + affine_O.shift, None
     return fold_into_conv(weight, bias_O, affine_O) if kind == "conv" else fold_into_linear(weight, bias_O, affine_O)
+
+
+def unfold_input(
+    kind: LinearKind, weight: Array, bias_O: Array | None, affine_C: ChannelAffine, groups: int = 1
+) -> tuple[Array, Array | None]:
+    """Constants of `linear(affine(x))` as one linear operation: W'[o,c] = W[o,c] a[c], b'[o] = b[o] + sum W[o,c] t[c].
+
+    Args:
+        kind: which; not an embedding, which reads indices.
+        weight: in torch's layout of that kind.
+        bias_O: (O,) or None for none.
+        affine_C: C input channels; its shift must be zero where the window reads zero padding.
+        groups: G.
+    """
+    weight_GXYK = _by_group(kind, np.asarray(weight, np.float64), groups)
+    shape_G1I1 = (groups, 1, -1, 1) if kind != "conv_transpose" else (groups, -1, 1, 1)
+    result = (weight_GXYK * affine_C.scale.reshape(shape_G1I1)).reshape(weight.shape)
+    if not affine_C.shift.any():
+        return result, bias_O
+    axis = 2 if kind != "conv_transpose" else 1
+    added_O = (weight_GXYK * affine_C.shift.reshape(shape_G1I1)).sum((axis, 3)).reshape(-1)
+    return result, added_O if bias_O is None else added_O + bias_O
+
+
+def widen_groups(weight_OIK: Array, groups: int, fewer: int) -> Array:
+    """The weight of the same convolution written with fewer groups, zeros between the blocks.
+
+    Args:
+        weight_OIK: (O, I, *kernel) in `groups` groups.
+        groups: G.
+        fewer: a divisor of G.
+    """
+    outputs, per_group, *kernel = weight_OIK.shape
+    ratio = groups // fewer
+    blocks = weight_OIK.reshape(groups, outputs // groups, per_group, -1)
+    wide = np.zeros((groups, outputs // groups, ratio * per_group, blocks.shape[-1]))
+    for group in range(groups):
+        start = group % ratio * per_group
+        wide[group, :, start : start + per_group] = blocks[group]
+    return wide.reshape(outputs, ratio * per_group, *kernel)
 
 
 def output_channels(kind: LinearKind, weight: Array, groups: int = 1) -> int:
     """How many output channels O a linear operation has, read off its weight."""
+    if kind == "embedding":
+        return int(weight.shape[1])
     return int(weight.shape[1]) * groups if kind == "conv_transpose" else int(weight.shape[0])
+
+
+def input_channels(kind: LinearKind, weight: Array, groups: int = 1) -> int:
+    """How many input channels C a linear operation has, read off its weight."""
+    return int(weight.shape[0]) if kind == "conv_transpose" else int(weight.shape[1]) * groups
+
+
+def _by_group(kind: LinearKind, weight: Array, groups: int) -> Array:
+    """The weight as (G, M, I, K), or as (G, I, M, K) for a transposed convolution."""
+    first, second = weight.shape[:2]
+    return weight.reshape(groups, first // groups, second, -1)
 
 
 def _fold_bias(bias_O: Array | None, affine_O: ChannelAffine) -> Array:

@@ -2,50 +2,95 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
 from lowprec.export.folding.bake import bake_constants
-from lowprec.export.folding.fx_graph import read_graph, write_graph
-from lowprec.export.folding.graph import Affine, Graph, Linear, LiveNorm, Node
-from lowprec.export.folding.measure import check_float64, check_inputs, float32_error_ratio, range_losses
+from lowprec.export.folding.fx_read import read_graph
+from lowprec.export.folding.fx_write import write_graph
+from lowprec.export.folding.graph import Affine, Graph, LiveNorm, Node
+from lowprec.export.folding.measure import Measured, Truth, range_losses, refuse_wrong, tensor_sizes
 from lowprec.export.folding.module import FoldedModule
-from lowprec.export.folding.program import NormLayer
+from lowprec.export.folding.program import NormLayer, Program
+from lowprec.export.folding.rules.channel_gauges import ChannelGauges
 from lowprec.export.folding.rules.rule import Rule
 from lowprec.export.folding.trace import Traced
 from lowprec.formats import FP16
 from lowprec.report import ChangeReport
 
 
+@dataclass(frozen=True, eq=False)
+class _Attempt:
+    """One way to fold, and what it did to the numbers."""
+
+    folded: FoldedModule
+    report: ChangeReport
+    measured: Measured
+
+
 def fold_with_rules(traced: Traced, rules: Iterable[Rule]) -> tuple[FoldedModule, ChangeReport]:
-    """Folds a traced network by `rules` in their order; `fold_traced` is this with the whole table."""
+    """Folds a traced network by `rules` in their order; `fold_traced` is this with the whole table.
+
+    Where the result loses more to rounding in float32 than it may, shifts that are large against the tensors they would
+    travel through are left where they are, from a hundred times as large on down to all of them.
+    """
     program = traced.program.copy()
+    baked = bake_constants(program)
+    truth = Truth(traced.module, FoldedModule(program, traced.interface, torch.float32), traced.interface)
+    rules = list(rules)
+    attempt = _attempt(traced, program, rules, truth)
+    if not attempt.measured.is_accepted and any(isinstance(rule, ChannelGauges) for rule in rules):
+        sizes = tensor_sizes(program, truth.inputs)
+        for limit in _LIMITS:
+            cautious = [_limited(rule, limit, sizes) for rule in rules]
+            attempt = _attempt(traced, program, cautious, truth)
+            if attempt.measured.is_accepted:
+                break
+    refuse_wrong(attempt.measured, traced.declared)
     report = ChangeReport()
-    _report_baked(bake_constants(program), program.norms, report)
+    _report_baked(baked, program.norms, report)
+    report.changed += attempt.report.changed
+    report.refused += attempt.report.refused
+    report.facts.update(attempt.report.facts)
+    return attempt.folded, report
+
+
+# Shifts, in multiples of the rms of what they are added to, beyond which an affine stays where it is.
+_LIMITS = (100.0, 10.0, 1.0, 0.0)
+
+
+def _limited(rule: Rule, limit: float, sizes: dict[str, float]) -> Rule:
+    return dataclasses.replace(rule, largest_shift=limit, sizes=sizes) if isinstance(rule, ChannelGauges) else rule
+
+
+def _attempt(traced: Traced, baked: Program, rules: list[Rule], truth: Truth) -> _Attempt:
+    program, report = baked.copy(), ChangeReport()
     view = read_graph(program)
     norms = _norm_calls(view.graph.nodes)
     refused = run_rules(view.graph, rules, report)
     write_graph(program, view)
     program.settle_names()
     left = _report_left(view.graph, program.norms, refused, norms, report)
+    wide = FoldedModule(program, traced.interface, torch.float64, shares=True)
     folded = FoldedModule(program, traced.interface, traced.source_dtype)
-    wide = FoldedModule(program, traced.interface, torch.float64)
-    inputs = check_inputs(traced.module)
-    narrow = [FoldedModule(source, traced.interface, torch.float32) for source in (traced.program, program)]
+    narrow = folded if traced.source_dtype is torch.float32 else FoldedModule(program, traced.interface, torch.float32)
+    measured = truth.measure(wide, narrow)
     report.facts.update(
-        float64_error=check_float64(traced.module, wide, inputs, traced.declared),
-        float32_error_ratio=float32_error_ratio(traced.module, narrow[0], narrow[1], inputs),
+        float64_error=measured.float64_error,
+        float32_error_ratio=measured.float32_error_ratio,
         norms_found=len(norms),
         norms_folded=len(norms) - left,
         norms_left=left,
         fp16_range=range_losses(folded, FP16),
     )
-    return folded, report
+    return _Attempt(folded, report, measured)
 
 
-def run_rules(graph: Graph, rules: Iterable[Rule], report: ChangeReport) -> dict[Node, str]:
-    """Applies each rule to the whole graph, in order of evaluation, so that chains fold link by link.
+def run_rules(graph: Graph, rules: list[Rule], report: ChangeReport) -> dict[Node, str]:
+    """Applies the rules to the whole graph; a change by any but the last sends it back to the first.
 
     Args:
         graph: edited in place.
@@ -53,26 +98,22 @@ def run_rules(graph: Graph, rules: Iterable[Rule], report: ChangeReport) -> dict
         report: gets a row per fold; several folds of one norm call are one row.
 
     Returns:
-        The first refusal at each node that is still there.
+        The last refusal at each node that is still there.
     """
     refused: dict[Node, str] = {}
     told: set[tuple[str, str]] = set()
-    for rule in rules:
-        for node in list(graph.nodes):
-            match = rule.find(node)
-            if match is None:
-                continue
-            reason = rule.check(match)
-            if reason is not None:
-                refused.setdefault(node, reason)
-                continue
-            refused.pop(node, None)
-            key, within_one_norm = node.norm or node.label, node.norm is not None and node.norm == match.source.norm
-            done = rule.apply(graph, match)
-            if (key, done) not in told and not within_one_norm:
-                told.add((key, done))
-                report.change(node.label, done)
-    return {node: reason for node, reason in refused.items() if node not in graph.bypassed}
+    position = 0
+    while position < len(rules):
+        done = rules[position].run(graph)
+        for label, norm, sentence in done.changed:
+            if (norm or label, sentence) not in told:
+                told.add((norm or label, sentence))
+                report.change(label, sentence)
+        refused.update(done.refused)
+        again = bool(done.changed) and 0 < position < len(rules) - 1
+        position = 0 if again else position + 1
+    here = set(graph.nodes)
+    return {node: reason for node, reason in refused.items() if node in here}
 
 
 def _norm_calls(nodes: Iterable[Node]) -> dict[str, Node]:
@@ -119,15 +160,7 @@ def _reason(nodes: list[Node], layer: NormLayer | None, refused: dict[Node, str]
     for node in nodes:
         if node in refused:
             return refused[node]
-    first = nodes[0]
-    if not isinstance(first.op, Affine) or not first.inputs:
-        return "computes its statistics from what it is given, so no constants stand for it"
-    source = first.inputs[0]
-    if isinstance(source.op, Linear):
-        return f"no rule folds it into '{source.label}'"
-    return (
-        f"it follows '{source.label}' ({source.kind}); a norm folds right after a conv, transposed conv or linear layer"
-    )
+    return "computes its statistics from what it is given, so no constants stand for it"
 
 
 def _report_baked(baked: dict[str, list[str]], norms: dict[str, NormLayer], report: ChangeReport) -> None:

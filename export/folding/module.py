@@ -27,6 +27,7 @@ class FoldedModule(nn.Module):
         program: operations and constants.
         interface: inputs, outputs and their structure.
         dtype: the floating type of weights and arithmetic.
+        shares: whether weights that are of that type already may be the program's own tensors.
 
     Attributes:
         network: the flat graph: tensors in, tuple of tensors out.
@@ -36,7 +37,7 @@ class FoldedModule(nn.Module):
         example_inputs: the tensors it was traced with, in the order of `input_names`.
     """
 
-    def __init__(self, program: Program, interface: Interface, dtype: torch.dtype) -> None:
+    def __init__(self, program: Program, interface: Interface, dtype: torch.dtype, shares: bool = False) -> None:
         super().__init__()
         self.dtype = dtype
         self.input_names = interface.input_names
@@ -46,7 +47,7 @@ class FoldedModule(nn.Module):
             value.to(dtype) if value.is_floating_point() else value for value in interface.example_inputs
         )
         self._interface = interface
-        self.network = _graph_module(program, dtype)
+        self.network = _graph_module(program, dtype, shares)
         # In order and not by name: a loaded fx graph has other node names.
         self._paths = tuple(str(node.meta.get(PATH, "")) for node in _calls(self.network))
         super().train(False)
@@ -86,11 +87,12 @@ def _calls(network: fx.GraphModule) -> list[fx.Node]:
     return [node for node in network.graph.nodes if node.op == "call_function"]
 
 
-def _graph_module(program: Program, dtype: torch.dtype) -> fx.GraphModule:
+def _graph_module(program: Program, dtype: torch.dtype, shares: bool) -> fx.GraphModule:
     """A GraphModule that owns its constants, in `dtype`, under names that are module paths."""
     root = nn.Module()
     for name, tensor in program.constants.items():
-        _set_constant(root, name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        value = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        _set_constant(root, name, value if shares or value is not tensor else value.clone())
     graph = program.copy().graph
     for node in graph.nodes:
         node.meta = {key: value for key, value in node.meta.items() if isinstance(value, str)}
@@ -105,14 +107,13 @@ def _narrow(value: Any, dtype: torch.dtype) -> Any:
     return dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
-def _set_constant(root: nn.Module, name: str, tensor: Tensor) -> None:
+def _set_constant(root: nn.Module, name: str, value: Tensor) -> None:
     *parents, leaf = name.split(".")
     owner = root
     for parent in parents:
         if parent not in owner._modules:
             owner.add_module(parent, nn.Module())
         owner = owner.get_submodule(parent)
-    value = tensor.detach().clone(memory_format=torch.contiguous_format)
     if value.is_floating_point():
         owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
     else:

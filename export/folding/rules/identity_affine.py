@@ -6,7 +6,7 @@ First in the table, so that the other rules never scale a weight by one and repo
 from __future__ import annotations
 
 from lowprec.export.folding.graph import Graph, Node
-from lowprec.export.folding.rules.rule import Match, Rule, match_affine
+from lowprec.export.folding.rules.rule import LocalRule, Match, match_affine
 
 
 def _find(node: Node) -> Match | None:
@@ -24,4 +24,4 @@ def _apply(graph: Graph, match: Match) -> str:
     return "removed: it multiplies by one and adds zero"
 
 
-IDENTITY_AFFINE = Rule("identity-affine", "an affine that changes nothing is removed", _find, _check, _apply)
+IDENTITY_AFFINE = LocalRule("identity-affine", "an affine that changes nothing is removed", _find, _check, _apply)
