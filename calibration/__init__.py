@@ -1,9 +1,33 @@
-"""What data says about a trained network: exact running statistics, ranges of its tensors, half-precision headroom."""
+"""What data says about a trained network: exact running statistics, ranges of its tensors, half-precision headroom.
+
+Names resolve on first use: the record that an ONNX file's ranges go into needs no torch.
+"""
+
+from __future__ import annotations
 
 if __name__ != "lowprec.calibration":
     raise ImportError("import lowprec.calibration, not calibration: this folder is a part of lowprec")
 
-from lowprec.calibration.activations import Calibration, calibrate
-from lowprec.calibration.reestimation import recompute_batch_stats
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowprec.calibration.activations import calibrate
+    from lowprec.calibration.record import Calibration
+    from lowprec.calibration.reestimation import recompute_batch_stats
 
 __all__ = ["Calibration", "calibrate", "recompute_batch_stats"]
+
+_HOME = {
+    "Calibration": "lowprec.calibration.record",
+    "calibrate": "lowprec.calibration.activations",
+    "recompute_batch_stats": "lowprec.calibration.reestimation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        home = _HOME[name]
+    except KeyError:
+        raise AttributeError(f"module 'lowprec.calibration' has no attribute {name!r}") from None
+    return getattr(importlib.import_module(home), name)

@@ -10,8 +10,6 @@ import hashlib
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,43 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from lowprec.artifacts import write_json
 from lowprec.calibration.batches import Progress, batch_total, checked_batches, evaluating
 from lowprec.calibration.ranges import RangeCounter
+from lowprec.calibration.record import Calibration
 from lowprec.errors import DataError
-
-SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Ranges of a network's tensors on some data; see `RangeCounter.summary` for the numbers.
-
-    Args:
-        inputs: by name of the forward argument.
-        outputs: by module path (the network's own output under "(model)"), in order of the first call.
-        weights: by parameter path, as the layer uses it (a parametrised weight by what it evaluates to).
-        data: batches, samples, and the SHA-256 of the inputs (types, shapes and bytes, in order).
-    """
-
-    inputs: dict[str, dict[str, Any]]
-    outputs: dict[str, dict[str, Any]]
-    weights: dict[str, dict[str, Any]]
-    data: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of calibration.json."""
-        return {
-            "schema": SCHEMA,
-            "data": self.data,
-            "inputs": self.inputs,
-            "outputs": self.outputs,
-            "weights": self.weights,
-        }
-
-    def save(self, path: str | Path) -> None:
-        """Writes calibration.json, whole or not at all."""
-        write_json(Path(path), self.to_dict())
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], progress: Progress | None = None) -> Calibration:

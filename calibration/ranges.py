@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowprec.calibration.record import range_summary
 from lowprec.formats import FP16
 
 
@@ -50,25 +50,9 @@ class RangeCounter:
         return torch.zeros((), dtype=torch.float64) if self._sums is None else self._sums[3]
 
     def summary(self) -> dict[str, Any]:
-        """Plain numbers for JSON.
-
-        count; min, max, absmax, rms; zeros and fp16_subnormal as shares of count (nonzero values below 2^-14, the
-        smallest normal half, keep few bits or none); fp16_headroom_bits = log2(fp16 max / absmax), negative
-        where it overflows, null for a tensor of zeros.
-        """
+        """Plain numbers for JSON: `range_summary`."""
         if self._sums is None or self._extremes is None:
             raise ValueError("nothing was counted")
         zeros, subnormal, squares, _ = self._sums.tolist()
         low, high = self._extremes.tolist()
-        absmax = max(abs(low), abs(high))
-        headroom = FP16.headroom_bits(absmax)
-        return {
-            "count": self._count,
-            "min": low,
-            "max": high,
-            "absmax": absmax,
-            "rms": math.sqrt(squares / self._count),
-            "zeros": zeros / self._count,
-            "fp16_subnormal": subnormal / self._count,
-            "fp16_headroom_bits": headroom if math.isfinite(headroom) else None,
-        }
+        return range_summary(self._count, low, high, zeros, subnormal, squares)

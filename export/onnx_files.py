@@ -6,6 +6,7 @@ anywhere on the disk, and a graph that is not in topological order fails much la
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,10 +20,22 @@ from lowprec.errors import ArtifactError
 MODULE_PATH = "module_path"
 """Metadata key of a node that names the module which it came from."""
 
+_TORCH_SCOPES = "pkg.torch.onnx.name_scopes"  # where torch.onnx says the same
+
 
 def module_path(node: onnx.NodeProto) -> str:
     """The path of the module that a node came from, or an empty string."""
-    return next((entry.value for entry in node.metadata_props if entry.key == MODULE_PATH), "")
+    said = {entry.key: entry.value for entry in node.metadata_props}
+    return said[MODULE_PATH] if MODULE_PATH in said else _path_from_scopes(said.get(_TORCH_SCOPES, ""))
+
+
+def _path_from_scopes(text: str) -> str:
+    """The module path among torch.onnx's scopes, a list of strings: all of them but the last, the operation."""
+    try:
+        scopes = ast.literal_eval(text) if text.startswith("[") else []
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return ""
+    return next((scope for scope in reversed(scopes[:-1]) if isinstance(scope, str) and scope), "")
 
 
 def load_onnx(path: Path | str) -> onnx.ModelProto:

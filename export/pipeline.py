@@ -1,7 +1,8 @@
-"""`export`: trace -> fold -> emit -> round -> build -> judge, into one bundle.
+"""`export`: read -> fold -> emit -> round -> build -> judge, into one bundle.
 
 The order is the order of the waterfall: each step is judged against the float64 truth at the limit that fits it, the
-fold in float64, everything after it at the rounding-noise floor of its own precision.
+fold in float64, everything after it at the rounding-noise floor of its own precision. What differs between a module and
+an ONNX file is the `Network` that stands at the beginning.
 """
 
 from __future__ import annotations
@@ -11,31 +12,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 
 from lowprec.artifacts import check_replaceable, new_folder, sha256_of, write_bytes, write_json, write_text
-from lowprec.calibration import calibrate
 from lowprec.data import Samples
 from lowprec.errors import ConfigError, MissingDependencyError
 from lowprec.export import bundle as layout
 from lowprec.export.backends import BACKENDS, BuildOptions, EngineBackend
 from lowprec.export.backends.base import Precision
 from lowprec.export.bundle import Bundle, is_bundle, open_bundle, provenance, write_manifest
-from lowprec.export.emit import convert_precision, emit_onnx
+from lowprec.export.emit import convert_precision
 from lowprec.export.float64 import Float64Graph
-from lowprec.export.folding import FoldedModule, Traced, fold_traced, trace
-from lowprec.export.folding.measure import MAX_FLOAT64_ERROR
-from lowprec.export.golden import Golden
+from lowprec.export.folding.accuracy import MAX_FLOAT64_ERROR
+from lowprec.export.networks import Network, feeds_from, network_of
 from lowprec.export.page import Part, render_page
 from lowprec.export.parity import Check, Limits, ParityReport, Stage
-from lowprec.export.stages import Artefact, judged, run_batched, run_stages
-from lowprec.export.truth import choose_samples, collect_batches, golden_from_trace
+from lowprec.export.stages import Artefact, run_stages
+from lowprec.export.truth import golden_from
 from lowprec.formats import format_named
 from lowprec.report import ChangeReport
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 Progress = Callable[[int, int], None]
@@ -58,8 +55,8 @@ class _Plan:
 
 
 def export(
-    model: nn.Module,
-    example_inputs: tuple[torch.Tensor, ...],
+    model: nn.Module | str | Path | onnx.ModelProto,
+    example_inputs: tuple[Any, ...] | None,
     folder: str | Path,
     precision: str | Sequence[str] = "fp16",
     targets: Sequence[str] = ("onnx",),
@@ -73,13 +70,14 @@ def export(
     """Writes a bundle and judges it; `bundle.parity` says how it stands.
 
     Args:
-        model: in evaluation mode; untouched.
-        example_inputs: as `torch.export` takes them.
+        model: a module in evaluation mode, an ONNX file, or an ONNX model in memory; untouched.
+        example_inputs: as `torch.export` takes them; None for an ONNX model, whose inputs say what they are.
         folder: the bundle; an earlier bundle of that name is replaced, anything else refused.
         precision: `fp16`, `fp32`, or several; fp32 is always written.
         targets: `onnx`, `tensorrt-rtx`; an engine is built from the narrowest precision asked for.
-        calibration: samples that the golden file and the ranges are taken from; the example inputs when None.
-        dynamic_shapes: as `torch.export` takes them; by default the leading axis is a dynamic batch.
+        calibration: samples that the golden file and the ranges are taken from; when None the example inputs, and
+            random ones where there are none.
+        dynamic_shapes: for a module, as `torch.export` takes them; by default the leading axis is a dynamic batch.
         facts: provenance for the manifest.
         limits: the bands of the verdict.
         progress: called with (done, total) steps.
@@ -88,31 +86,37 @@ def export(
         ConfigError: an unknown precision or target.
         MissingDependencyError: a target's package is not installed.
         FoldError: the network cannot be traced.
-        ArtifactError: the folder holds something else.
+        ArtifactError: the folder holds something else, or the ONNX file is damaged.
+        UnsupportedError: the ONNX model is not float32, or cannot be evaluated.
     """
     folder = Path(folder)
     plan = _plan(precision, targets)
     check_replaceable(folder, "a bundle", is_bundle)
     step = _counter(progress)
-    traced = trace(model, example_inputs, dynamic_shapes)
+    network = network_of(model, example_inputs, dynamic_shapes)
+    given = None if calibration is None else feeds_from(calibration, network.input_names)
     step()
-    folded, fold_report = fold_traced(traced)
+    fold_report = network.fold(given)
     step()
-    models = _emit(folded, traced, plan)
+    models = _rounded(network.emit(), plan)
     step()
-    golden = _golden(traced, calibration, example_inputs, models["fp32"], plan)
+    data = given or network.own_feeds()
+    golden = golden_from(network.run, Float64Graph(models["fp32"]), data.inputs, data.labels, plan.precisions)
     step()
     with new_folder(folder, "a bundle", is_bundle) as work:
         artefacts = _write_models(work, models, plan)
         step()
         golden.save(work / layout.GOLDEN)
-        _write_evidence(work, model, golden, fold_report)
+        write_json(work / layout.CALIBRATION, network.ranges(golden.inputs).to_dict())
+        bound = {"model_onnx_sha256": sha256_of(work / "model.onnx"), "limit": MAX_FLOAT64_ERROR}
+        write_json(work / layout.FOLD, fold_report.to_dict() | bound)
         step()
-        stages = [_fold_stage(fold_report), _torch_stage(folded, golden, limits)]
+        stages = [_fold_stage(network, fold_report), *network.stages(golden, limits)]
         stages += run_stages(artefacts, golden, BACKENDS, limits)
         parity = ParityReport(tuple(stages), facts={"golden_samples": golden.samples})
         step()
-        origin = provenance(**(facts or {}), data_fingerprint=_fingerprint(calibration))
+        about = {"data": data.source, "data_fingerprint": _fingerprint(calibration)}
+        origin = provenance(**(facts or {}) | about)
         write_json(work / layout.PARITY, parity.to_dict())
         write_text(work / layout.REPORT, render_page([Part(folder.name, parity, fold_report, origin)]))
         write_manifest(work, origin)
@@ -138,26 +142,11 @@ def _plan(precision: str | Sequence[str], targets: Sequence[str]) -> _Plan:
     return _Plan(precisions, engines)
 
 
-def _emit(folded: FoldedModule, traced: Traced, plan: _Plan) -> dict[Precision, onnx.ModelProto]:
-    models: dict[Precision, onnx.ModelProto] = {"fp32": emit_onnx(folded, traced)}
+def _rounded(model: onnx.ModelProto, plan: _Plan) -> dict[Precision, onnx.ModelProto]:
+    models: dict[Precision, onnx.ModelProto] = {"fp32": model}
     for name in plan.precisions[1:]:
-        models[name], _ = convert_precision(models["fp32"], format_named(name))
+        models[name], _ = convert_precision(model, format_named(name))
     return models
-
-
-def _golden(
-    traced: Traced,
-    calibration: Samples | Iterable[Any] | None,
-    example_inputs: tuple[torch.Tensor, ...],
-    model: onnx.ModelProto,
-    plan: _Plan,
-) -> Golden:
-    if isinstance(calibration, Samples):
-        feeds, labels = choose_samples(calibration, traced.input_names)
-    else:
-        batches = [example_inputs] if calibration is None else calibration
-        feeds, labels = collect_batches(batches, traced.input_names)
-    return golden_from_trace(traced, Float64Graph(model), feeds, labels, plan.precisions)
 
 
 def _write_models(work: Path, models: dict[Precision, onnx.ModelProto], plan: _Plan) -> list[Artefact]:
@@ -182,27 +171,13 @@ def _builder(target: str) -> EngineBackend:
     return backend
 
 
-def _write_evidence(work: Path, model: nn.Module, golden: Golden, fold_report: ChangeReport) -> None:
-    import torch
-
-    feeds = tuple(torch.from_numpy(np.ascontiguousarray(value)) for value in golden.inputs.values())
-    write_json(work / layout.CALIBRATION, calibrate(model, [feeds]).to_dict())
-    bound = {"model_onnx_sha256": sha256_of(work / "model.onnx"), "limit": MAX_FLOAT64_ERROR}
-    write_json(work / layout.FOLD, fold_report.to_dict() | bound)
-
-
-def _fold_stage(report: ChangeReport) -> Stage:
+def _fold_stage(network: Network, report: ChangeReport) -> Stage:
     error = float(report.facts["float64_error"])
     holds = error <= MAX_FLOAT64_ERROR
     text = f"folded against trained, both in float64: relative error {error:.1e}, limit {MAX_FLOAT64_ERROR:.0e}"
     check = Check("relative_error", "pass" if holds else "fail", error, MAX_FLOAT64_ERROR, text)
-    return Stage("fold", "traced graph", "torch", "float64", status="ran", checks=(check,))
-
-
-def _torch_stage(folded: FoldedModule, golden: Golden, limits: Limits) -> Stage:
-    session = BACKENDS["torch"].open(folded)
-    outputs = run_batched(session, golden.inputs)
-    return judged("fp32 on torch", "folded module", "torch", session.arithmetic, outputs, golden, "fp32", limits)
+    artefact, backend = network.folded_from
+    return Stage("fold", artefact, backend, "float64", status="ran", checks=(check,))
 
 
 def _fingerprint(calibration: Any) -> str | None:

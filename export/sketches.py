@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lowprec.errors import ArtifactError
 from lowprec.export.float64 import Float64Graph, Kind, Visit
 from lowprec.export.parity.floor import DRAWS, RoundingDraw, rms
+from lowprec.export.tensors import fixed_batch
 from lowprec.formats import FP32, format_named
 
 SAMPLES = 4
@@ -32,7 +33,7 @@ class Sketches:
 
     Args:
         names: of the tensors, as in the ONNX graph.
-        values: (tensors, SAMPLES, PROJECTIONS), float64.
+        values: (tensors, samples, PROJECTIONS), float64.
         floors: by precision, (tensors,): rms deviation of the projections under rounding noise.
     """
 
@@ -58,7 +59,7 @@ class Sketches:
 
 def take_sketches(graph: Float64Graph, inputs: Arrays, precisions: Collection[str]) -> Sketches:
     """Sketches of a network on the first samples of its inputs, and how far rounding noise moves each of them."""
-    feeds = {name: array[:SAMPLES] for name, array in inputs.items()}
+    feeds = _first(graph, inputs)
     exact = _project(graph, feeds)
     names = tuple(exact)
     floors = {}
@@ -69,7 +70,7 @@ def take_sketches(graph: Float64Graph, inputs: Arrays, precisions: Collection[st
             moved = _project(graph, feeds, noise)
             squares += [rms(moved[name] - exact[name]) ** 2 for name in names]
         floors[precision] = np.sqrt(squares / DRAWS)
-    shape = (len(names), min(SAMPLES, len(next(iter(feeds.values())))), PROJECTIONS)
+    shape = (len(names), len(next(iter(feeds.values()))), PROJECTIONS)
     return Sketches(names, np.array([exact[name] for name in names]).reshape(shape), floors)
 
 
@@ -79,7 +80,7 @@ def deviations(sketches: Sketches, graph: Float64Graph, inputs: Arrays, precisio
     Tensors that the graph does not have under the same name are left out; where the floor is 0 any deviation is
     infinite.
     """
-    found = _project(graph, {name: array[:SAMPLES] for name, array in inputs.items()})
+    found = _project(graph, _first(graph, inputs))
     ratios = {}
     for name, value, floor in zip(sketches.names, sketches.values, sketches.floors[precision], strict=True):
         if name in found and found[name].shape == value.shape:
@@ -87,6 +88,12 @@ def deviations(sketches: Sketches, graph: Float64Graph, inputs: Arrays, precisio
             finite = np.array_equal(np.isfinite(found[name]), np.isfinite(value))
             ratios[name] = np.inf if not finite else error / floor if floor > 0 else np.inf if error > 0 else 0.0
     return ratios
+
+
+def _first(graph: Float64Graph, inputs: Arrays) -> dict[str, NDArray[Any]]:
+    """The samples that sketches are taken of: the first few, or the first batch where the graph fixes its size."""
+    count = fixed_batch(graph.inputs) or SAMPLES
+    return {name: array[:count] for name, array in inputs.items()}
 
 
 def _project(graph: Float64Graph, feeds: Arrays, noise: Visit | None = None) -> dict[str, NDArray[np.float64]]:

@@ -1,4 +1,4 @@
-"""What a user may name as a model: a run folder or MODULE:FACTORY, opened as a module in evaluation mode."""
+"""What a user may name as a model: a run folder or MODULE:FACTORY, opened as a module, or an ONNX file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lowprec.artifacts import sha256_of
 from lowprec.data import Samples, Split, load_data
 from lowprec.errors import ArtifactError, ConfigError
 from lowprec.export.backends.eager import forward_names
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+ONNX = ".onnx"
 _EXAMPLE_BATCH = 2  # torch.export takes a batch of one for a constant
 
 
@@ -36,6 +38,11 @@ class Source:
     example_inputs: tuple[torch.Tensor, ...] | None = None
     data: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> nn.Module:
+        """What `export` takes."""
+        return self.module
 
     def inputs_for(self, samples: Samples | None) -> tuple[torch.Tensor, ...]:
         """Example inputs: the factory's own, else the first samples of the data. Raises `ConfigError` without both."""
@@ -59,8 +66,41 @@ class Source:
         return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in feeds.values())
 
 
-def open_source(spec: str) -> Source:
+@dataclass(frozen=True)
+class OnnxSource:
+    """An ONNX file, which says itself what its inputs are.
+
+    Args:
+        name: what the user called it.
+        model: where it is.
+        facts: provenance for the manifest.
+    """
+
+    name: str
+    model: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+    data: str | None = None
+
+    def inputs_for(self, samples: Samples | None) -> None:
+        """None: they are drawn from the model where there are no samples."""
+
+
+def open_model(spec: str) -> Source | OnnxSource:
+    """Opens RUN, MODULE:FACTORY or MODEL.onnx; see `open_source` for what it raises."""
+    path = Path(spec)
+    if path.suffix == ONNX and not path.is_dir():
+        if not path.is_file():
+            raise ArtifactError(f"no ONNX model at {path}: there is no such file")
+        return OnnxSource(path.name, path, {"source_sha256": sha256_of(path)})
+    return open_source(spec, f"a run folder, MODULE:FACTORY or MODEL{ONNX}")
+
+
+def open_source(spec: str, kinds: str = "a run folder or MODULE:FACTORY") -> Source:
     """Opens RUN or MODULE:FACTORY.
+
+    Args:
+        spec: what the user wrote.
+        kinds: what may be given, for messages.
 
     Raises:
         ArtifactError: neither a folder nor of the form MODULE:FACTORY, or a run that cannot be read.
@@ -72,7 +112,7 @@ def open_source(spec: str) -> Source:
     if ":" in spec and not path.exists():
         return _open_factory(spec)
     found = f"a file {path.suffix or 'without an ending'}" if path.exists() else "nothing of that name"
-    raise ArtifactError(f"asked for the model {spec}, found {found}; give a run folder or MODULE:FACTORY")
+    raise ArtifactError(f"asked for the model {spec}, found {found}; give {kinds}")
 
 
 def _open_run(path: Path) -> Source:

@@ -19,6 +19,7 @@ from lowprec.export.onnx_files import load_onnx, module_path
 from lowprec.export.parity import Check, Limits, Stage, judge
 from lowprec.export.parity.report import Status
 from lowprec.export.sketches import deviations
+from lowprec.export.tensors import fixed_batch
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -146,13 +147,14 @@ def judged(
 
 
 def run_batched(session: Session, feeds: Mapping[str, NDArray[Any]], batch: int = _BATCH) -> Arrays:
-    """Outputs of a session on all samples, computed `batch` samples at a time and joined.
+    """Outputs of a session on all samples, computed `batch` (or as many as it fixes) at a time and joined.
 
     Raises:
         DataError: the names of the feeds and of the session's inputs differ in a way that leaves a choice.
     """
     taken = match_names(list(feeds), [spec.name for spec in session.inputs])
     total = len(next(iter(feeds.values())))
+    batch = fixed_batch(session.inputs) or batch
     parts = [
         session.run({taken[name]: value[start : start + batch] for name, value in feeds.items()})
         for start in range(0, total, batch)

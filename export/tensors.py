@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,13 @@ class TensorSpec:
     def is_float(self) -> bool:
         """Whether the elements are floating-point numbers."""
         return self.dtype in ("float16", "bfloat16", "float32", "float64")
+
+
+def fixed_batch(specs: Sequence[TensorSpec]) -> int | None:
+    """How many samples a model takes at a time where it fixes that: the length of axis 0 that all inputs share."""
+    lengths = {spec.shape[0] if spec.shape else None for spec in specs}
+    length = lengths.pop() if len(lengths) == 1 else None
+    return length if isinstance(length, int) else None
 
 
 def specs_of(values: Any) -> tuple[TensorSpec, ...]:

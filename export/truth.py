@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from lowprec.export.onnx_files import load_onnx
 from lowprec.export.parity import noise_floor
 from lowprec.export.parity.floor import DRAWS
 from lowprec.export.sketches import take_sketches
-from lowprec.export.tensors import check_feeds
+from lowprec.export.tensors import check_feeds, fixed_batch
 from lowprec.formats import format_named
 
 if TYPE_CHECKING:
@@ -37,39 +37,79 @@ def golden_from_onnx(path: Path, data: str | Samples, precisions: Collection[str
     graph = Float64Graph(load_onnx(path))
     samples = data if isinstance(data, Samples) else load_data(data)
     feeds, labels = choose_samples(samples, [spec.name for spec in graph.inputs])
-    feeds = check_feeds(graph.inputs, feeds)
-    feeds, labels = _affordable(graph, feeds, labels, len(precisions))
-    blocks = [
-        graph.run({name: a[start : start + _BATCH] for name, a in feeds.items()})
-        for start in range(0, len(next(iter(feeds.values()))), _BATCH)
-    ]
-    outputs = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    return _with_floors(Golden(feeds, outputs, labels), graph, precisions)
+    return golden_from(graph.run, graph, feeds, labels, precisions)
 
 
 def golden_from_trace(
     traced: Traced, graph: Float64Graph, feeds: Arrays, labels: NDArray[np.int64] | None, precisions: Collection[str]
 ) -> Golden:
-    """Truth from the traced, unfolded network; floors from `graph`, the network as it is emitted.
+    """Truth from the traced, unfolded network; floors from `graph`, the network as it is emitted."""
+    return golden_from(lambda block: run_traced(traced, block), graph, feeds, labels, precisions)
 
-    Raises:
-        DataError: the feeds do not fit the network.
-    """
+
+def run_traced(traced: Traced, feeds: Arrays) -> Arrays:
+    """Outputs of a traced, unfolded network in float64."""
     import torch
 
-    feeds = check_feeds(graph.inputs, feeds)
+    batch = [torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in traced.input_names]
+    outputs = traced.module.run_flat(batch)
+    return {name: output.numpy() for name, output in zip(traced.output_names, outputs, strict=True)}
+
+
+def golden_from(
+    run: Callable[[Arrays], Arrays],
+    graph: Float64Graph,
+    feeds: Arrays,
+    labels: NDArray[np.int64] | None,
+    precisions: Collection[str],
+) -> Golden:
+    """The golden samples of a network.
+
+    Args:
+        run: the network as it was, in float64: the truth, for a block of samples.
+        graph: the network as it is emitted, which floors and sketches are taken of.
+        feeds: samples along axis 0 of every input.
+        labels: class per sample, or None.
+        precisions: what floors are wanted for.
+
+    Raises:
+        DataError: the feeds do not fit the network, or an output has no row per sample.
+    """
+    feeds, labels = _whole_batches(graph, feeds, labels)
     feeds, labels = _affordable(graph, feeds, labels, len(precisions))
-    parts: list[Sequence[torch.Tensor]] = []
-    total = len(next(iter(feeds.values())))
-    with torch.no_grad():
-        for start in range(0, total, _BATCH):
-            batch = [
-                torch.from_numpy(np.ascontiguousarray(feeds[n][start : start + _BATCH])) for n in traced.input_names
-            ]
-            parts.append(traced.module.run_flat(batch))
-    columns = zip(*parts, strict=True)
-    outputs = {n: torch.cat(list(c)).numpy() for n, c in zip(traced.output_names, columns, strict=True)}
+    total, size = len(next(iter(feeds.values()))), fixed_batch(graph.inputs) or _BATCH
+    blocks = []
+    for start in range(0, total, size):
+        block = {name: array[start : start + size] for name, array in feeds.items()}
+        blocks.append(run(block))
+        _check_rows(blocks[-1], min(size, total - start))
+    outputs = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     return _with_floors(Golden(feeds, outputs, labels), graph, precisions)
+
+
+def _whole_batches(
+    graph: Float64Graph, feeds: Arrays, labels: NDArray[np.int64] | None
+) -> tuple[Arrays, NDArray[np.int64] | None]:
+    """As many of the samples as make whole batches, where the network fixes their size."""
+    lengths = {np.shape(array)[:1] for array in feeds.values()}
+    if len(lengths) != 1 or lengths == {()}:
+        found = ", ".join(f"{name} {np.shape(array)}" for name, array in feeds.items()) or "no input"
+        raise DataError(f"axis 0 of every input is the sample, and these do not have equally many: {found}")
+    total, size = lengths.pop()[0], fixed_batch(graph.inputs)
+    count = total // size * size if size else total
+    if not count:
+        raise DataError(f"the model takes {size or 1} samples at a time, the data holds {total}; give more")
+    check_feeds(graph.inputs, {name: array[: size or count] for name, array in feeds.items()})
+    return {name: array[:count] for name, array in feeds.items()}, None if labels is None else labels[:count]
+
+
+def _check_rows(outputs: Arrays, samples: int) -> None:
+    for name, array in outputs.items():
+        if array.shape[:1] != (samples,):
+            raise DataError(
+                f"the output {name!r} has shape {array.shape} for {samples} samples; "
+                "only outputs with one row per sample can be compared"
+            )
 
 
 def _with_floors(golden: Golden, graph: Float64Graph, precisions: Collection[str]) -> Golden:
@@ -92,9 +132,10 @@ def _affordable(
         work += value.size * max(terms, 1) if kind == "node" else 0
         return value
 
-    graph.run({name: array[:1] for name, array in feeds.items()}, add_work)
-    affordable = MAX_WORK // max(1, work * precisions * (DRAWS + 1))
-    count = max(MIN_SAMPLES, affordable)
+    size = fixed_batch(graph.inputs) or 1
+    graph.run({name: array[:size] for name, array in feeds.items()}, add_work)
+    affordable = size * MAX_WORK // max(1, work * precisions * (DRAWS + 1))
+    count = -(-max(MIN_SAMPLES, affordable) // size) * size
     return {name: array[:count] for name, array in feeds.items()}, None if labels is None else labels[:count]
 
 

@@ -331,6 +331,47 @@ FOLD_CASES = {
             refused=(("mul_1", "channel 0 has a scale of zero"),),
         ),
     },
+    "silent-channels": {
+        "behind-a-pool": Case(
+            lambda: chain(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.AvgPool2d(2), _zero_gamma(4), nn.Conv2d(4, 3, 1)),
+            IMAGE,
+            changed=(("3", "1 channels with a scale of zero became zero in '0'"),),
+        ),
+        "without-a-bias": Case(
+            lambda: chain(
+                nn.ConvTranspose2d(4, 4, 2, groups=2, bias=False),
+                nn.ReLU(),
+                _zero_gamma(4),
+                nn.ReLU(),
+                nn.Conv2d(4, 3, 1),
+            ),
+            IMAGE,
+            changed=(("2", "1 channels with a scale of zero became zero in '0'"),),
+            refused=(("2", "a negative scale would have to pass '3'"),),
+            norms_left=1,
+        ),
+        "tokens": Case(
+            lambda: Lambda(
+                lambda m, x: m.b(m.a(x).flatten(0, 1)).view(x.shape[0], -1, 3),
+                a=nn.Linear(5, 3),
+                b=_zero_gamma(3, axes=1),
+            ),
+            (1, 4, 5),
+            changed=(("b", "1 channels with a scale of zero became zero in 'a'"),),
+        ),
+        "some-of-a-channel": Case(
+            lambda: chain(nn.Conv2d(4, 2, 3), nn.Flatten(), _zero_gamma(40, axes=1), nn.Linear(40, 3)),
+            IMAGE,
+            refused=(("2", "channel 1 has a scale of zero"),),
+            norms_left=1,
+        ),
+        "read-elsewhere": Case(
+            lambda: Lambda(lambda m, x: _residual(m, F.avg_pool2d(m.c(x), 2)), c=nn.Conv2d(4, 4, 1), b=_zero_gamma(4)),
+            IMAGE,
+            refused=(("b", "channel 1 has a scale of zero"),),
+            norms_left=1,
+        ),
+    },
     "channel-gauges": {
         "norm-first": Case(
             lambda: chain(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, groups=2, stride=2)), IMAGE, (("0", "into '1'"),)
@@ -514,10 +555,56 @@ FOLD_CASES = {
             (1, 4),
             changed=(("b", "folded into 'c', 'e'"),),
         ),
+        "attention-scale": Case(
+            lambda: Lambda(
+                lambda m, x: (m.q(x) @ m.k(x).transpose(1, 2) * 0.3 + m.p).softmax(-1) @ m.v(x),
+                q=nn.Linear(5, 3),
+                k=nn.Linear(5, 3),
+                v=nn.Linear(5, 4),
+                p=nn.Parameter(torch.ones(4, 4)),
+            ),
+            (1, 4, 5),
+            changed=(("mul", "into 'q'"),),
+        ),
+        "norm-behind-attention": Case(
+            lambda: Lambda(
+                lambda m, x: F.gelu(m.n(F.scaled_dot_product_attention(x, F.relu(x), m.v(x)).transpose(1, 2))),
+                v=nn.Linear(5, 4),
+                n=nn.BatchNorm1d(4),
+            ),
+            (1, 6, 5),
+            changed=(("n", "folded into 'v'"),),
+        ),
+        "norm-behind-weighted-means": Case(
+            lambda: Lambda(
+                lambda m, x: F.gelu(m.n(((x @ x.transpose(1, 2)).softmax(-1) @ m.v(x)).transpose(1, 2))),
+                v=nn.Linear(5, 4),
+                n=nn.BatchNorm1d(4),
+            ),
+            (1, 6, 5),
+            changed=(("n", "folded into 'v'"),),
+        ),
+        "norm-behind-other-products": Case(
+            lambda: Lambda(
+                lambda m, x: F.gelu(m.n(((x @ x.transpose(1, 2)).softmax(1) @ m.v(x)).transpose(1, 2))),
+                v=nn.Linear(5, 4),
+                n=nn.BatchNorm1d(4),
+            ),
+            (1, 6, 5),
+            refused=(("n", "its shift would have to pass"),),
+            norms_left=1,
+        ),
+        "scale-along-the-summed-axis": Case(
+            lambda: Lambda(
+                lambda m, x: F.relu(x) * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]) @ F.gelu(x).transpose(1, 2)
+            ),
+            (1, 4, 5),
+            refused=(("mul", "its scale would have to pass"),),
+        ),
         "zero-gamma": Case(
-            lambda: chain(nn.Conv2d(4, 4, 1), nn.AvgPool2d(2), _zero_gamma(4), nn.Conv2d(4, 3, 1)),
+            lambda: chain(nn.ReLU(), _zero_gamma(4), nn.Conv2d(4, 3, 1)),
             IMAGE,
-            refused=(("2", "channel 1 has a scale of zero"),),
+            refused=(("1", "channel 1 has a scale of zero"),),
             norms_left=1,
         ),
         "tiny-gamma": Case(
@@ -573,8 +660,8 @@ def _pre_activated(network, x):
     return network.b(F.relu(network.n2(x)))
 
 
-def _with_gamma(channels, change):
-    norm = nn.BatchNorm2d(channels)
+def _with_gamma(channels, change, axes=2):
+    norm = (nn.BatchNorm1d if axes == 1 else nn.BatchNorm2d)(channels)
     norm.after_randomising = lambda: change(norm)
     return norm
 
@@ -592,8 +679,8 @@ def _shiftless(channels):
     return _with_gamma(channels, change)
 
 
-def _zero_gamma(channels):
-    return _with_gamma(channels, lambda norm: norm.weight[1].zero_())
+def _zero_gamma(channels, axes=2):
+    return _with_gamma(channels, lambda norm: norm.weight[1].zero_(), axes)
 
 
 def _tiny_gamma(channels):

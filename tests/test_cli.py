@@ -135,7 +135,7 @@ def test_a_dry_run_prints_the_config_and_writes_nothing(folder, command):
     ("model", "words"),
     [
         ("nowhere", ["nothing of that name"]),
-        ("ok.toml", ["give a run folder or MODULE:FACTORY"]),
+        ("ok.toml", ["give a run folder, MODULE:FACTORY or MODEL.onnx"]),
         ("my_net:bild", ["no 'bild'", "did you mean 'build'?"]),
         ("my_nett:build", ["no module 'my_nett'"]),
         ("my_net:not_callable", ["must be a function"]),

@@ -80,6 +80,19 @@ class OnnxRuntime(OnnxBackend):
             computed = product_types(onnx.load(optimised, load_external_data=False)) if halves else Counter()
         return OrtSession(session, model, describe(halves, computed))
 
+    def open_plain(self, model: onnx.ModelProto) -> Session:
+        """A model in memory, without any optimisation: what its own operators compute, in the types it declares."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # a model that it cannot run is told by the exception
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[self.provider])
+        except Exception as error:  # onnxruntime's own errors derive from Exception alone
+            raise UnsupportedError(f"onnxruntime cannot load this model: {first_line(error)}") from error
+        return OrtSession(session, model, "the types that the graph declares, on the CPU, not optimised")
+
 
 def check_providers(asked: str, found: list[str]) -> None:
     """Raises `MissingDependencyError` unless the provider asked for is the one that onnxruntime loaded first."""

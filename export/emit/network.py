@@ -6,9 +6,7 @@ taken out again: it names files of the machine that exported, and makes equal ne
 
 from __future__ import annotations
 
-import ast
 import copy
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 import onnx
@@ -20,9 +18,8 @@ import lowprec
 from lowprec.errors import UnsupportedError
 from lowprec.export.folding.module import FoldedModule
 from lowprec.export.folding.quiet import quiet_exporter
-from lowprec.export.onnx_files import MODULE_PATH
+from lowprec.export.onnx_files import MODULE_PATH, module_path
 
-# Under which key a node's metadata says which module of the original network it comes from.
 # The newest opset that torch.onnx writes by itself; IR 10 is the version that belongs to opsets 21 to 22, the newest
 # one that every supported onnxruntime (1.20 on) reads.
 DEFAULT_OPSET = 20
@@ -65,7 +62,8 @@ def emit_onnx(
         UnsupportedError: torch.onnx has no translation for an operation.
     """
     called: CallInterface = folded if interface is None else interface
-    network = copy.deepcopy(folded.network)
+    weights = (*folded.network.parameters(), *folded.network.buffers())
+    network = copy.deepcopy(folded.network, {id(tensor): tensor for tensor in weights})  # the graph is edited, they not
     for node in network.graph.nodes:
         if node.op == "call_function":
             path = folded.module_paths.get(node.name, "")
@@ -113,7 +111,7 @@ def _clean(model: onnx.ModelProto) -> None:
     del model.metadata_props[:]
     del model.graph.metadata_props[:]
     for node in model.graph.node:
-        path = _module_path(node.metadata_props)
+        path = module_path(node)
         del node.metadata_props[:]
         node.doc_string = ""
         if path:
@@ -125,12 +123,3 @@ def _clean(model: onnx.ModelProto) -> None:
         assert not uses_external_data(tensor)
         del tensor.metadata_props[:]
         tensor.doc_string = ""
-
-
-def _module_path(properties: Iterable[onnx.StringStringEntryProto]) -> str:
-    """The module path among torch.onnx's scopes: all of them but the last, which is the operation."""
-    for entry in properties:
-        if entry.key == "pkg.torch.onnx.name_scopes":
-            scopes = ast.literal_eval(entry.value)
-            return next((scope for scope in reversed(scopes[:-1]) if scope), "")
-    return ""

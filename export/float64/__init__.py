@@ -1,5 +1,5 @@
 """ONNX graphs evaluated in float64, whatever float types they declare: the truth behind every verdict."""
 
-from lowprec.export.float64.graph import Float64Graph, Kind, Visit
+from lowprec.export.float64.graph import Float64Graph, Kind, Visit, Watch
 
-__all__ = ["Float64Graph", "Kind", "Visit"]
+__all__ = ["Float64Graph", "Kind", "Visit", "Watch"]

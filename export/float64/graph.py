@@ -23,6 +23,7 @@ from lowprec.export.tensors import check_feeds, specs_of
 
 Kind = Literal["input", "weight", "node"]
 Visit = Callable[[str, Kind, NDArray[Any], int], NDArray[Any]]
+Watch = Callable[[str, Any], None]
 
 
 class Float64Graph:
@@ -53,7 +54,9 @@ class Float64Graph:
         """0 if axis 0 of every input is free, else None."""
         return 0 if self.inputs and all(spec.batch_axis == 0 for spec in self.inputs) else None
 
-    def run(self, feeds: Mapping[str, NDArray[Any]], visit: Visit | None = None) -> dict[str, NDArray[Any]]:
+    def run(
+        self, feeds: Mapping[str, NDArray[Any]], visit: Visit | None = None, watch: Watch | None = None
+    ) -> dict[str, NDArray[Any]]:
         """Evaluates the graph.
 
         Args:
@@ -62,6 +65,7 @@ class Float64Graph:
                 every output of every node of the main graph, in order of evaluation; what it returns takes the value's
                 place. `terms` is 0 where values were only moved or selected, 1 for elementwise arithmetic, K for a
                 reduction of length K. Values that decide shapes, and the inside of If, Loop and Scan, are not visited.
+            watch: called as `watch(name, value)` with every value of the main graph, those that decide shapes included.
 
         Returns:
             The outputs by name; floating-point ones in float64.
@@ -77,6 +81,9 @@ class Float64Graph:
             values[name] = visit(name, "input", wide, 0) if visit else wide
         for name, array in self._weights.items():
             values[name] = visit(name, "weight", array, 0) if visit and name not in self._sizes else array
+        if watch:
+            for name, value in values.items():
+                watch(name, value)
         with np.errstate(all="ignore"):
             for index, node in enumerate(self._nodes):
                 inputs = [values[name] for name in node.input]
@@ -86,6 +93,8 @@ class Float64Graph:
                         terms = terms_per_element(node.onnx_node, inputs, result)
                         result = visit(name, "node", result, terms)
                     values[name] = result
+                    if watch:
+                        watch(name, result)
                 for name in self._last_use.get(index, ()):
                     del values[name]
         return {spec.name: np.asarray(values[spec.name]) for spec in self.outputs}

@@ -1,8 +1,9 @@
 """Convolution and pooling in numpy, where onnx's own reference evaluation is too slow.
 
 onnx's ReferenceEvaluator is the truth for every other operator. These few are replaced for a measured reason: its
-MaxPool and ConvTranspose loop in Python over every output (hours for an ImageNet network), and its Conv builds an
-im2col copy by fancy indexing. Each is checked against the original or against torch.
+MaxPool and ConvTranspose loop in Python over every output (hours for an ImageNet network), its Conv builds an im2col
+copy by fancy indexing, and its pools that round their length up (ceil_mode) give lengths and means that neither
+onnxruntime nor torch nor onnx's own shape inference gives. Each is checked against the original or against torch.
 
 Shape suffixes: N sample, C input channel, O output channel, G group, S all spatial axes, K all kernel axes.
 """
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from onnx.reference.op_run import OpRun
 
 from lowprec.export.float64.exact import EXACT_OPERATORS
+from lowprec.export.float64.repaired import repaired_operators
 
 Array = NDArray[Any]
 # Values in one block of gathered windows: 2^22 float64 are 32 MiB, large enough for BLAS, small beside the activations.
@@ -52,6 +54,23 @@ def resolve_pads(
     if auto_pad == "VALID" or not pads:
         return [0] * axes, [0] * axes
     return list(pads[:axes]), list(pads[axes:])
+
+
+def overhang(
+    padded: Sequence[int], after: Sequence[int], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> list[int]:
+    """How far the last window of a pool that rounds its length up reaches beyond each padded axis.
+
+    Length ceil((padded - reach) / stride) + 1, one less where the last window would start in the padding after.
+    Source: ONNX operator specification, MaxPool, attribute ceil_mode.
+    """
+    extra = []
+    for n, a, k, s, d in zip(padded, after, kernel, strides, dilations, strict=True):
+        reach = d * (k - 1) + 1
+        steps = math.ceil((n - reach) / s)
+        steps -= steps * s >= n - a and steps > 0
+        extra.append(max(0, steps * s + reach - n))
+    return extra
 
 
 def windows(x_NCS: Array, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Array:
@@ -186,8 +205,12 @@ class MaxPool(OpRun):
         steps, spread = strides or [1] * len(kernel), dilations or [1] * len(kernel)
         before, after = resolve_pads(auto_pad, pads, x.shape[2:], kernel, steps, spread)
         fill = -np.inf if x.dtype.kind == "f" else float(np.iinfo(x.dtype).min)
-        view = windows(pad_spatial(x, before, after, fill), kernel, steps, spread)
-        return (view.max(axis=tuple(range(-len(kernel), 0))),)
+        padded = pad_spatial(x, before, after, fill)
+        if ceil_mode:
+            padded = pad_spatial(
+                padded, [0] * len(kernel), overhang(padded.shape[2:], after, kernel, steps, spread), fill
+            )
+        return (windows(padded, kernel, steps, spread).max(axis=tuple(range(-len(kernel), 0))),)
 
 
 class AveragePool(OpRun):
@@ -204,23 +227,24 @@ class AveragePool(OpRun):
         kernel = list(kernel_shape or ())
         steps, spread = strides or [1] * len(kernel), dilations or [1] * len(kernel)
         before, after = resolve_pads(auto_pad, pads, x.shape[2:], kernel, steps, spread)
-        window_axes = tuple(range(-len(kernel), 0))
-        total = windows(pad_spatial(x, before, after), kernel, steps, spread).sum(axis=window_axes)
-        if count_include_pad:
-            return (total / math.prod(kernel),)
-        ones = pad_spatial(np.ones((1, 1, *x.shape[2:]), x.dtype), before, after)
-        return (total / windows(ones, kernel, steps, spread).sum(axis=window_axes),)
+        window_axes, none = tuple(range(-len(kernel), 0)), [0] * len(kernel)
+        padded = pad_spatial(x, before, after)
+        ones = pad_spatial(np.ones((1, 1, *x.shape[2:]), x.dtype), before, after, float(count_include_pad or 0))
+        extra = overhang(padded.shape[2:], after, kernel, steps, spread) if ceil_mode else none
+        total, count = (
+            windows(pad_spatial(part, none, extra), kernel, steps, spread).sum(axis=window_axes)
+            for part in (padded, ones)
+        )
+        return (total / count,)
 
 
 def float64_operators(model: onnx.ModelProto) -> list[type[OpRun]]:
     """The replacements that serve every node of their kind in this model.
 
     An operator stays with onnx's own implementation when one of its nodes asks for what the replacement leaves out:
-    rounding up (ceil_mode), a second output (indices), or a transposed convolution sized by output_shape or auto_pad.
+    a second output (indices), or a transposed convolution sized by output_shape or auto_pad.
     """
     plain: dict[tuple[str, str], object] = {
-        ("MaxPool", "ceil_mode"): 0,
-        ("AveragePool", "ceil_mode"): 0,
         ("ConvTranspose", "auto_pad"): b"NOTSET",
         ("ConvTranspose", "output_shape"): None,
     }
@@ -233,4 +257,5 @@ def float64_operators(model: onnx.ModelProto) -> list[type[OpRun]]:
         if node.op_type == "MaxPool" and len([name for name in node.output if name]) > 1:
             left.add(node.op_type)
     table: list[type[OpRun]] = [Conv, ConvTranspose, MaxPool, AveragePool]
-    return [*(operator for operator in table if operator.__name__ not in left), *EXACT_OPERATORS]
+    kept = [operator for operator in table if operator.__name__ not in left]
+    return [*kept, *EXACT_OPERATORS, *repaired_operators(model)]

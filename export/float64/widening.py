@@ -58,6 +58,9 @@ def float64_model(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, ND
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(onnx.inliner.inline_local_functions(model) if model.functions else model)
+    if copy.graph.sparse_initializer:
+        name = copy.graph.sparse_initializer[0].values.name
+        raise UnsupportedError(f"the weight {name!r} is stored sparsely, which onnx's reference cannot read; unpack it")
     weights = {tensor.name: widened(numpy_helper.to_array(tensor)) for tensor in copy.graph.initializer}
     del copy.graph.initializer[:]
     for graph in graphs_of(copy):

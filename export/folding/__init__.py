@@ -1,34 +1,54 @@
 """Folds what algebra can fold into weights, in float64, and says why the rest stays.
 
-`trace` gives the truth, `fold_traced` works on it, `fold` is both. To add a rule: a file in `rules/` that works on the
-neutral graph, one line in `RULES`, and rows in the tests' case table, refusals included. To let scales and shifts pass
-an operation that is opaque so far: one line in `OPERATIONS` (`fx_read.py`).
+`trace` gives the truth, `fold_traced` works on it, `fold` is both; `fold_onnx` does the same with an ONNX model, where
+torch may be absent. To add a rule: a file in `rules/` that works on the neutral graph, one line in `RULES`, and rows in
+the tests' case table, refusals included. To let scales and shifts pass an operation that is opaque so far: one line in
+`OPERATIONS` of `fx_read.py` and one in that of `onnx_read.py`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from lowprec.export.folding.apply import fold_with_rules
-from lowprec.export.folding.module import FoldedModule
 from lowprec.export.folding.rules.affine_after_affine import AFFINE_AFTER_AFFINE
 from lowprec.export.folding.rules.affine_after_linear import AFFINE_AFTER_LINEAR
 from lowprec.export.folding.rules.channel_gauges import CHANNEL_GAUGES
 from lowprec.export.folding.rules.identity_affine import IDENTITY_AFFINE
 from lowprec.export.folding.rules.parallel_branches import PARALLEL_BRANCHES
 from lowprec.export.folding.rules.rule import Rule
-from lowprec.export.folding.trace import Traced, trace
+from lowprec.export.folding.rules.silent_channels import SILENT_CHANNELS
 from lowprec.report import ChangeReport
 
-__all__ = ["RULES", "FoldedModule", "Rule", "Traced", "fold", "fold_traced", "trace"]
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lowprec.export.folding.module import FoldedModule
+    from lowprec.export.folding.onnx_fold import fold_onnx
+    from lowprec.export.folding.tracing import Traced, trace
+
+__all__ = ["RULES", "FoldedModule", "Rule", "Traced", "fold", "fold_onnx", "fold_traced", "trace"]
+
+# The rules and what folds ONNX models need no torch, so what does resolves on first use.
+_HOME = {
+    "FoldedModule": "lowprec.export.folding.module",
+    "Traced": "lowprec.export.folding.tracing",
+    "fold_onnx": "lowprec.export.folding.onnx_fold",
+    "trace": "lowprec.export.folding.tracing",
+}
 
 # In order of application; each goes over the whole graph, and a change sends the graph back to the first. What no local
 # rule can fold is left to the last one, which looks at the whole graph once.
 RULES: dict[str, Rule] = {
     rule.name: rule
-    for rule in (IDENTITY_AFFINE, AFFINE_AFTER_LINEAR, PARALLEL_BRANCHES, AFFINE_AFTER_AFFINE, CHANNEL_GAUGES)
+    for rule in (
+        IDENTITY_AFFINE,
+        AFFINE_AFTER_LINEAR,
+        PARALLEL_BRANCHES,
+        AFFINE_AFTER_AFFINE,
+        SILENT_CHANNELS,
+        CHANNEL_GAUGES,
+    )
 }
 
 
@@ -45,6 +65,8 @@ def fold_traced(traced: Traced) -> tuple[FoldedModule, ChangeReport]:
     Raises:
         FoldError: the folded network is not the same function in float64, which is a defect of this library.
     """
+    from lowprec.export.folding.apply import fold_with_rules
+
     return fold_with_rules(traced, RULES.values())
 
 
@@ -61,4 +83,14 @@ def fold(
     Raises:
         FoldError: the network is in training mode or cannot be traced.
     """
+    from lowprec.export.folding.tracing import trace
+
     return fold_traced(trace(model, example_inputs, dynamic_shapes))
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        home = _HOME[name]
+    except KeyError:
+        raise AttributeError(f"module 'lowprec.export.folding' has no attribute {name!r}") from None
+    return getattr(importlib.import_module(home), name)

@@ -31,23 +31,25 @@ class Window:
 
     Args:
         stride: steps between outputs.
-        padding: zeros on either side.
+        padding: zeros (before, after).
         dilation: steps between taps.
+        varies: whether the padding depends on the length of the input, so that no numbers describe it.
     """
 
     stride: tuple[int, ...]
-    padding: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
+    varies: bool = False
 
     @classmethod
     def plain(cls, axes: int) -> Window:
         """Stride 1, no padding, dilation 1."""
-        return cls((1,) * axes, (0,) * axes, (1,) * axes)
+        return cls((1,) * axes, ((0, 0),) * axes, (1,) * axes)
 
     @property
     def pads(self) -> bool:
         """Whether zeros are read at the borders."""
-        return any(self.padding)
+        return self.varies or any(map(any, self.padding))
 
 
 def fold_into_conv(weight_OIK: Array, bias_O: Array | None, affine_O: ChannelAffine) -> tuple[Array, Array]:
@@ -136,6 +138,15 @@ def unfold_input(
     return result, added_O if bias_O is None else added_O + bias_O
 
 
+def channel_magnitudes(kind: LinearKind, weight: Array, groups: int = 1) -> tuple[Array, Array]:
+    """Largest absolute weight of each output channel (O,) and of each input channel (C,), which a table has not."""
+    if kind == "embedding":
+        return abs(weight).max(0), np.zeros(0)
+    weight_GXYK = abs(_by_group(kind, weight, groups)).max(3)
+    first, second = weight_GXYK.max(2).reshape(-1), weight_GXYK.max(1).reshape(-1)
+    return (second, first) if kind == "conv_transpose" else (first, second)
+
+
 def widen_groups(weight_OIK: Array, groups: int, fewer: int) -> Array:
     """The weight of the same convolution written with fewer groups, zeros between the blocks.
 
@@ -176,3 +187,12 @@ def _fold_bias(bias_O: Array | None, affine_O: ChannelAffine) -> Array:
     if bias_O is None:
         return affine_O.shift.copy()
     return np.asarray(bias_O, np.float64) * affine_O.scale + affine_O.shift
+
+
+def squeezed(constants: Array) -> Array:
+    """The same constants with length 1 along every axis on which they do not vary."""
+    for axis in range(constants.ndim):
+        first = constants.take([0], axis) if constants.shape[axis] else constants
+        if (constants == first).all():
+            constants = first
+    return constants

@@ -49,11 +49,15 @@ def bake_constants(program: Program) -> dict[str, list[str]]:
 
 
 def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    args = fx.node.map_arg(node.args, lambda value: values[value])
-    kwargs = fx.node.map_arg(node.kwargs, lambda value: values[value])
+    args = fx.node.map_arg(node.args, lambda value: _wide(values[value]))
+    kwargs = fx.node.map_arg(node.kwargs, lambda value: _wide(values[value]))
     assert callable(node.target)
     with torch.no_grad():
         return node.target(*args, **kwargs)
+
+
+def _wide(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _name(node: fx.Node, readers: list[fx.Node]) -> str:

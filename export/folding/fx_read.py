@@ -15,13 +15,15 @@ import numpy as np
 from torch import Tensor, fx
 
 from lowprec.affine import ChannelAffine
-from lowprec.export.folding.algebra import Array, LinearKind, Window
+from lowprec.export.folding.algebra import Array, LinearKind, Window, squeezed
 from lowprec.export.folding.fx_moves import MOVES, read_move
 from lowprec.export.folding.graph import (
     Affine,
+    Attention,
     Graph,
     Linear,
     LiveNorm,
+    MatrixProduct,
     Node,
     Op,
     Opaque,
@@ -114,8 +116,8 @@ def _operation(program: Program, node: fx.Node, sources: list[fx.Node]) -> Op:
     if reader is None or not _holds_floats(node) or not hasattr(node.target, "_schema"):
         return Opaque()
     op = reader(program, node, arguments_by_name(node))
-    reads = {Sum: 2, Product: 2}.get(type(op), 1)
-    return Opaque() if len(sources) != reads and not isinstance(op, LiveNorm) else op
+    reads = {Sum: 2, Product: 2, MatrixProduct: 2}.get(type(op), 1)
+    return Opaque() if len(sources) != reads and not isinstance(op, LiveNorm | Attention) else op
 
 
 def _read_linear(kind: LinearKind) -> Reader:
@@ -126,7 +128,7 @@ def _read_linear(kind: LinearKind) -> Reader:
         window = None if kind == "linear" else _window(given, tuple(weight.shape[2:]))
         axis = _rank(node) - (1 if kind == "linear" else weight.ndim - 1)
         bias_O = None if bias is None else _numpy(bias)
-        return Linear(kind, _numpy(weight), bias_O, int(given.get("groups", 1)), axis, window)
+        return Linear(kind, _stored(weight), bias_O, int(given.get("groups", 1)), axis, window)
 
     return read
 
@@ -139,23 +141,38 @@ def _window(given: dict[str, Any], kernel: tuple[int, ...]) -> Window:
     dilation = spread(given["dilation"])
     padding = given["padding"]
     if padding == "same":
+        totals = [step * (length - 1) for step, length in zip(dilation, kernel, strict=True)]
         # torch pads less on the left where the total is odd.
-        padding = tuple(step * (length - 1) // 2 for step, length in zip(dilation, kernel, strict=True))
-    return Window(spread(given["stride"]), (0,) * len(kernel) if padding == "valid" else spread(padding), dilation)
+        pairs = tuple((total // 2, total - total // 2) for total in totals)
+    else:
+        pairs = tuple((width, width) for width in spread(0 if padding == "valid" else padding))
+    return Window(spread(given["stride"]), pairs, dilation)
 
 
 def _read_matmul(program: Program, node: fx.Node, given: dict[str, Any]) -> Op:
     """`x @ W` for a constant matrix is a linear layer."""
-    values = list(given.values())
-    weight = program.constant(values[1])
-    if weight is None or weight.ndim != 2 or program.constant(values[0]) is not None:
+    first, second, *_ = given.values()
+    if all(is_float(value) and program.constant(value) is None and _rank(value) > 1 for value in (first, second)):
+        return MatrixProduct(means=_is_softmax(first))
+    weight = program.constant(second)
+    if weight is None or weight.ndim != 2 or program.constant(first) is not None:
         return Opaque()
-    return Linear("linear", _numpy(weight).T, None, 1, _rank(node) - 1)
+    return Linear("linear", _stored(weight).T, None, 1, _rank(node) - 1)
+
+
+def _is_softmax(node: fx.Node) -> bool:
+    """Whether an operation's result adds up to one along the last axis."""
+    return operator_name(node) in ("softmax", "_softmax") and node.args[1] in (-1, _rank(node) - 1)
+
+
+def _read_attention(program: Program, node: fx.Node, given: dict[str, Any]) -> Op:
+    ranks = {_rank(given[name]) for name in ("query", "key", "value")}
+    return Opaque() if given["dropout_p"] or given.get("enable_gqa") or len(ranks) > 1 else Attention()
 
 
 def _read_embedding(program: Program, node: fx.Node, given: dict[str, Any]) -> Op:
     table = program.constant(given["weight"])
-    return Opaque() if table is None else Linear("embedding", _numpy(table), None, 1, _rank(node) - 1)
+    return Opaque() if table is None else Linear("embedding", _stored(table), None, 1, _rank(node) - 1)
 
 
 def _read_running_norm(program: Program, node: fx.Node, given: dict[str, Any]) -> Op:
@@ -237,7 +254,7 @@ def _constant_operand(program: Program, node: fx.Node, operands: list[Any]) -> t
             continue
         same = str(tuple(other.meta["val"].shape)) == str(tuple(node.meta["val"].shape))
         if same and constant.ndim <= _rank(node):
-            return position, constant.reshape((1,) * (_rank(node) - constant.ndim) + constant.shape)
+            return position, squeezed(constant.reshape((1,) * (_rank(node) - constant.ndim) + constant.shape))
     return 0, None
 
 
@@ -317,6 +334,8 @@ OPERATIONS: dict[str, Reader] = {
     "linear": _read_linear("linear"),
     "matmul": _read_matmul,
     "mm": _read_matmul,
+    "bmm": _read_matmul,
+    "scaled_dot_product_attention": _read_attention,
     "embedding": _read_embedding,
     **dict.fromkeys(RUNNING_NORMS, _read_running_norm),
     **dict.fromkeys(_SAMPLE_NORMS, _read_sample_norm),
@@ -348,6 +367,11 @@ def _holds_floats(node: fx.Node) -> bool:
     value = node.meta.get("val")
     values = value if isinstance(value, (list, tuple)) else [value]
     return any(isinstance(part, Tensor) and part.is_floating_point() for part in values)
+
+
+def _stored(tensor: Tensor) -> Array:
+    """A weight in the type that it has, without a copy: float64 copies of all weights would be most of the memory."""
+    return tensor.detach().numpy()
 
 
 def _numpy(tensor: Tensor) -> Array:

@@ -42,8 +42,8 @@ def _write_linear(program: Program, node: fx.Node, op: Linear) -> fx.Node:
     name = operator_name(node)
     old = {"weight": given.get("weight", given.get("other", given.get("mat2"))), "bias": given.get("bias")}
     fresh = [
-        program.add_constant(_constant_name(old[leaf], node, leaf), torch.from_numpy(np.array(array)), before=node)
-        for leaf, array in (("weight", op.weight), ("bias", op.bias))
+        program.add_constant(_constant_name(program, old[leaf], node, leaf), _tensor(array), before=node)
+        for leaf, array in (("weight", op.stored), ("bias", op.bias))
         if array is not None
     ]
     if op.kind == "embedding":
@@ -57,8 +57,10 @@ def _write_linear(program: Program, node: fx.Node, op: Linear) -> fx.Node:
     return node
 
 
-def _constant_name(value: Any, node: fx.Node, leaf: str) -> str:
-    return str(value.target) if isinstance(value, fx.Node) else f"{path_of(node) or node.name}.{leaf}"
+def _constant_name(program: Program, value: Any, node: fx.Node, leaf: str) -> str:
+    if not isinstance(value, fx.Node):
+        return f"{path_of(node) or node.name}.{leaf}"
+    return program.wanted.get(str(value.target), str(value.target))
 
 
 def _is_running_norm(node: Node) -> bool:
@@ -103,4 +105,5 @@ def _call(program: Program, node: Node, old: fx.Node, target: Any, arguments: tu
 
 
 def _tensor(array: Array) -> torch.Tensor:
-    return torch.from_numpy(np.array(array, np.float64))
+    """The same memory where it can be, since weights are large and nobody writes to either."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))

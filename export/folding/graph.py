@@ -10,8 +10,10 @@ A node of which nothing is known is `Opaque`: nothing is assumed about it, so no
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +33,8 @@ class Linear:
 
     Args:
         kind: which.
-        weight: float64, in torch's layout of that kind.
+        stored: the weight in any floating type, in torch's layout of that kind. Float64 copies of all weights would be
+            most of the memory that a fold takes, so one is made where it is computed with.
         bias: (O,) float64, or None.
         groups: 1 for a linear layer.
         axis: which axis of the output holds the channels.
@@ -39,23 +42,32 @@ class Linear:
     """
 
     kind: LinearKind
-    weight: Array
+    stored: NDArray[Any]
     bias: Array | None
     groups: int
     axis: int
     window: Window | None = None
 
     @property
+    def weight(self) -> Array:
+        """The weight in float64."""
+        return np.asarray(self.stored, np.float64)
+
+    @property
     def channels(self) -> int:
         """Number of output channels."""
-        return output_channels(self.kind, self.weight, self.groups)
+        return output_channels(self.kind, self.stored, self.groups)
+
+    def with_constants(self, weight: Array, bias: Array | None) -> Linear:
+        """The same operation with another weight and bias."""
+        return dataclasses.replace(self, stored=weight, bias=bias)
 
     @property
     def spreads_shift_evenly(self) -> bool:
         """Whether a constant added to an input channel adds a constant to each output channel, borders included."""
         if self.kind == "conv_transpose":
-            return all(length == 1 for length in self.weight.shape[2:]) and self.window == Window.plain(
-                self.weight.ndim - 2
+            return all(length == 1 for length in self.stored.shape[2:]) and self.window == Window.plain(
+                self.stored.ndim - 2
             )
         return self.window is None or not self.window.pads
 
@@ -173,6 +185,22 @@ class Product:
 
 
 @dataclass(frozen=True)
+class MatrixProduct:
+    """input 0 @ input 1 of tensors that the network computes, each of two axes or more.
+
+    Args:
+        means: whether the rows of input 0 add up to one, as a softmax's do, so that a shift of input 1 passes.
+    """
+
+    means: bool = False
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Weighted means of the rows of input 2, whose weights are made of the other inputs."""
+
+
+@dataclass(frozen=True)
 class LiveNorm:
     """A norm whose statistics come from what it is given, so that no constant stands for it.
 
@@ -188,7 +216,7 @@ class Opaque:
     """Any other operation."""
 
 
-Op = Linear | Affine | Through | Movement | ZeroPad | Sum | Product | LiveNorm | Opaque
+Op = Linear | Affine | Through | Movement | ZeroPad | Sum | Product | MatrixProduct | Attention | LiveNorm | Opaque
 
 
 @dataclass(eq=False)
@@ -247,6 +275,12 @@ class Graph:
         self.nodes = nodes
         self.changed: dict[Node, Op] = {}
         self.bypassed: dict[Node, Node] = {}
+
+    def forget(self) -> None:
+        """Lets go of every operation's constants."""
+        for node in (*self.nodes, *self.bypassed, *self.changed):
+            node.op = Opaque()
+        self.changed.clear()
 
     def replace(self, node: Node, op: Linear | Affine) -> None:
         """Gives a node other constants; other calls that share the old ones keep theirs."""

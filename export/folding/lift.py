@@ -1,4 +1,4 @@
-"""Turns what torch.export returns into a `Program`: own constants, no guards, no mutations, float64 throughout."""
+"""Turns what torch.export returns into a `Program`: no guards, no mutations, float64 throughout."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _DROPOUTS = {_aten.dropout, _aten.feature_dropout, _aten.alpha_dropout, _aten.fe
 
 
 def lift_program(exported: torch.export.ExportedProgram, norms: dict[str, NormLayer]) -> Program:
-    """The exported graph with constants of its own, in float64.
+    """The exported graph, computing in float64.
 
     Args:
-        exported: from torch.export; its tensors are not aliased.
+        exported: from torch.export; its tensors become the program's constants, in the type that they have.
         norms: norm layers by module path, kept with the program.
 
     Raises:
@@ -63,9 +63,6 @@ def lift_program(exported: torch.export.ExportedProgram, norms: dict[str, NormLa
                 f"{where} changes the buffer '{name}' as the network runs, and the result depends on it, so the "
                 f"network is not one fixed function; leave the update out in evaluation mode"
             )
-    program.constants = {
-        name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in program.constants.items()
-    }
     return program
 
 

@@ -27,7 +27,8 @@ class FoldedModule(nn.Module):
         program: operations and constants.
         interface: inputs, outputs and their structure.
         dtype: the floating type of weights and arithmetic.
-        shares: whether weights that are of that type already may be the program's own tensors.
+        shares: whether weights may be the program's own tensors; those that are narrower are then widened each time
+            they are used, so that no second copy of the weights is held.
 
     Attributes:
         network: the flat graph: tensors in, tuple of tensors out.
@@ -89,17 +90,33 @@ def _calls(network: fx.GraphModule) -> list[fx.Node]:
 
 def _graph_module(program: Program, dtype: torch.dtype, shares: bool) -> fx.GraphModule:
     """A GraphModule that owns its constants, in `dtype`, under names that are module paths."""
-    root = nn.Module()
+    root, narrower = nn.Module(), set()
     for name, tensor in program.constants.items():
-        value = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        if shares and tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize:
+            narrower.add(name)
+            value = tensor.contiguous()
+        else:
+            value = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         _set_constant(root, name, value if shares or value is not tensor else value.clone())
     graph = program.copy().graph
+    _widen_at_use(graph, narrower, dtype)
     for node in graph.nodes:
         node.meta = {key: value for key, value in node.meta.items() if isinstance(value, str)}
         if node.op == "call_function":
             node.args = fx.node.map_aggregate(node.args, lambda value: _narrow(value, dtype))
             node.kwargs = fx.node.map_aggregate(node.kwargs, lambda value: _narrow(value, dtype))
     return fx.GraphModule(root, graph, "FoldedNetwork")
+
+
+def _widen_at_use(graph: fx.Graph, names: set[str], dtype: torch.dtype) -> None:
+    """Casts constants just before the first operation that reads them; fx's code drops the cast ones after the last."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for constant in [node for node in graph.nodes if node.op == "get_attr" and node.target in names and node.users]:
+        readers = list(constant.users)
+        with graph.inserting_before(min(readers, key=order.__getitem__)):
+            wide = graph.call_function(torch.ops.aten.to.dtype, (constant, dtype))
+        for reader in readers:
+            reader.replace_input_with(constant, wide)
 
 
 def _narrow(value: Any, dtype: torch.dtype) -> Any:

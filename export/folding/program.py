@@ -37,7 +37,8 @@ class Program:
 
     Args:
         graph: placeholders (the tensor inputs, flat), `get_attr`, `call_function`, output (a flat tuple).
-        constants: by name; never aliased with the user's parameters.
+        constants: by name, float ones in any floating type; whoever computes with them does so in float64. They may be
+            the user's own parameters, so edits replace them and change none.
         norms: the norm layers of the network by module path.
         wanted: the name that a constant should get when the names are settled, where it differs.
     """
@@ -71,6 +72,16 @@ class Program:
         self.constants[unique], self.wanted[unique] = tensor, name
         with self.graph.inserting_before(before):
             return self.graph.create_node("get_attr", unique)
+
+    def round_constants(self, dtype: torch.dtype, others: Program) -> None:
+        """Rounds the constants to a type, and copies those that are another program's own.
+
+        One after the other, so that two copies of all are never held.
+        """
+        foreign = {tensor.data_ptr() for tensor in others.constants.values()}
+        for name, tensor in list(self.constants.items()):
+            rounded = tensor.to(dtype) if is_float(tensor) else tensor
+            self.constants[name] = rounded.clone() if rounded.data_ptr() in foreign else rounded
 
     def erase_dead(self) -> None:
         """Erases operations whose result nobody reads, then constants that nobody names."""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from lowprec.errors import ArtifactError, ConfigError
 from lowprec.export.float64 import Float64Graph, Kind
+from lowprec.export.tensors import fixed_batch
 from lowprec.formats import FP32, FloatFormat, format_named, round_to
 
 Array = NDArray[Any]
@@ -236,12 +237,17 @@ class _Squares:
 
 
 def _blocks(graph: Float64Graph, feeds: Mapping[str, Array], batch: int) -> Iterator[tuple[int, Mapping[str, Array]]]:
-    """(first sample, feeds) of each block of samples; one block where the samples cannot be told apart."""
+    """(first sample, feeds) of each block of samples; one block where the samples cannot be told apart.
+
+    A graph that fixes its batch is given that many at a time.
+    """
     lengths = {np.shape(value)[:1] for value in feeds.values()}
     free = graph.batch_axis == 0 and all(spec.batch_axis == 0 for spec in graph.outputs)
-    if not free or len(lengths) != 1 or lengths == {()}:
+    fixed = fixed_batch(graph.inputs)
+    if not (free or fixed) or len(lengths) != 1 or lengths == {()}:
         yield 0, feeds
         return
     (total,) = lengths.pop()
+    batch = fixed or batch
     for start in range(0, max(total, 1), batch):
         yield start, {name: value[start : start + batch] for name, value in feeds.items()}

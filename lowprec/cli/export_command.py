@@ -1,4 +1,4 @@
-"""`lowprec export`: from a trained model to a bundle."""
+"""`lowprec export`: from a trained model to a bundle. An .onnx file takes the way where torch is absent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from lowprec.cli.terminal import note, progress, say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `lowprec export`."""
-    parser.add_argument("model", help="a run folder, or MODULE:FACTORY importable from the current folder")
+    parser.add_argument(
+        "model", help="a run folder, MODULE:FACTORY importable from the current folder, or a float32 .onnx file"
+    )
     parser.add_argument("-o", "--output", required=True, metavar="BUNDLE", help="bundle folder to write")
     parser.add_argument(
         "--precision",
@@ -21,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--target", nargs="+", default=["onnx"], metavar="T", help="onnx, tensorrt-rtx (default: onnx)")
     parser.add_argument(
-        "--calibration", metavar="DATA", help="digits, a folder of images, or an .npz (default: the run's own data)"
+        "--calibration",
+        metavar="DATA",
+        help="digits, a folder of images, or an .npz (default: the run's own data; for an .onnx file random inputs)",
     )
     parser.add_argument("--json", action="store_true", help="print the parity report as one JSON document")
 
@@ -29,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exports, prints the waterfall, and returns 1 when parity does not hold."""
     from lowprec.export.pipeline import export
-    from lowprec.export.sources import open_source, samples_or_none
+    from lowprec.export.sources import open_model, samples_or_none
 
-    source = open_source(args.model)
+    source = open_model(args.model)
     samples = samples_or_none(args.calibration or source.data, split="test" if source.data else "all")
     with progress("export") as report_progress:
         bundle = export(
-            source.module,
+            source.model,
             source.inputs_for(samples),
             args.output,
             precision=args.precision,

@@ -67,7 +67,7 @@ def _bundle(path: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "kind": "bundle, every file matches its SHA-256",
         "manifest_sha256": bundle.manifest_sha256,
-        **{key: origin.get(key) for key in ("source", "created", "lowprec", "git_commit", "data_fingerprint")},
+        **{key: origin.get(key) for key in ("source", "created", "lowprec", "git_commit", "data", "data_fingerprint")},
         "artefacts": ", ".join([*bundle.onnx_artefacts.values(), *bundle.engines]),
         "parity_when_made": bundle.parity.verdict,
         "folded": [{"place": row.name, "how": row.reason} for row in bundle.fold_report.changed],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lowprec.affine import ChannelAffine
-from lowprec.export.folding.algebra import fold_affine, unfold_input
+from lowprec.export.folding.algebra import fold_affine, squeezed, unfold_input
 from lowprec.export.folding.gauges.solve import Solution
 from lowprec.export.folding.graph import Affine, Graph, Linear, Node
 
@@ -28,7 +28,7 @@ def apply_gauges(graph: Graph, solution: Solution) -> None:
 def _apply_to_linear(graph: Graph, solution: Solution, node: Node, op: Linear) -> None:
     """W' = W * S_in / S_out, b' = (b + W T_in - T_out) / S_out."""
     before, after = solution.constraints.channel_labels(node)
-    weight, bias = op.weight, op.bias
+    weight, bias = op.stored, op.bias
     if before is not None:
         weight, bias = unfold_input(
             op.kind, weight, bias, ChannelAffine(solution.scale(before), solution.shift(before)), op.groups
@@ -39,8 +39,8 @@ def _apply_to_linear(graph: Graph, solution: Solution, node: Node, op: Linear) -
         weight, bias = fold_affine(op.kind, weight, bias, ChannelAffine(scale, shift), op.groups)
         if op.bias is None and bias is not None and not bias.any():
             bias = None
-    if not np.array_equal(weight, op.weight) or bias is not op.bias:
-        graph.replace(node, Linear(op.kind, weight, bias, op.groups, op.axis, op.window))
+    if not np.array_equal(weight, op.stored) or bias is not op.bias:
+        graph.replace(node, op.with_constants(weight, bias))
 
 
 def _apply_to_affine(graph: Graph, solution: Solution, node: Node, op: Affine) -> None:
@@ -56,13 +56,4 @@ def _apply_to_affine(graph: Graph, solution: Solution, node: Node, op: Affine) -
     largest = np.maximum(np.abs(op.shift), np.abs(solution.shift(after))) / np.abs(out)
     shift = np.where(np.abs(shift) <= _ONE * largest, 0.0, shift)
     if not (np.array_equal(scale, op.scale) and np.array_equal(shift, op.shift)):
-        graph.replace(node, Affine(*(_squeezed(part) for part in (scale, shift))))
-
-
-def _squeezed(constants: np.ndarray) -> np.ndarray:
-    """Length 1 along axes on which they do not vary."""
-    for axis in range(constants.ndim):
-        first = constants.take([0], axis)
-        if (constants == first).all():
-            constants = first
-    return constants
+        graph.replace(node, Affine(squeezed(scale), squeezed(shift)))

@@ -19,10 +19,12 @@ from lowprec.export.folding.gauges.scales import PINNED, Scales
 from lowprec.export.folding.gauges.shifts import Shifts
 from lowprec.export.folding.graph import (
     Affine,
+    Attention,
     Graph,
     Labels,
     Linear,
     LiveNorm,
+    MatrixProduct,
     Movement,
     Node,
     Opaque,
@@ -88,7 +90,7 @@ class Constraints:
         if op.kind == "embedding":
             return None, own.reshape(-1)
         before = self._along(node.inputs[0], _input_axis(node))
-        return np.broadcast_to(before, input_channels(op.kind, op.weight, op.groups)), own.reshape(-1)
+        return np.broadcast_to(before, input_channels(op.kind, op.stored, op.groups)), own.reshape(-1)
 
     def _visit(self, node: Node) -> Labels | tuple[Labels, ...] | None:
         if not all(value in self.labels for value in node.inputs if value.is_float):
@@ -109,6 +111,10 @@ class Constraints:
                 return self._sum(node, node.op)
             case Product():
                 return self._product(node, node.op)
+            case MatrixProduct():
+                return self._matrix_product(node, node.op)
+            case Attention():
+                return self._attention(node)
             case _:
                 return self._opaque(node)
 
@@ -171,10 +177,15 @@ class Constraints:
         return np.squeeze(labels, op.mixes) if op.drops else labels
 
     def _zero_pad(self, node: Node, op: ZeroPad) -> Labels:
-        """A stored zero is a true zero where T = 0; channels made of zeros alone may have any scale."""
+        """A stored zero is a true zero where T = 0; channels made of zeros alone may have any scale.
+
+        Zeros beside the channels (axes on which the labels vary) demand nothing of these, zeros among their elements
+        do.
+        """
         labels = self.input_labels(node)
-        self._no_shift(labels, node)
         widths = [width if length > 1 else (0, 0) for width, length in zip(op.widths, labels.shape, strict=True)]
+        if tuple(widths) != op.widths:
+            self._no_shift(labels, node)
         padded = np.pad(labels, widths, constant_values=-1)
         fresh = self._fresh(int((padded == -1).sum()))
         self._no_shift(fresh, node)
@@ -206,6 +217,28 @@ class Constraints:
         self._pin(gate, node)
         self._no_shift(passing, node)
         return passing
+
+    def _matrix_product(self, node: Node, op: MatrixProduct) -> Labels:
+        """One factor stays as it is; a scale of the other passes if it does not vary along the axis that is summed."""
+        first, second = (self.labels[value] for value in node.inputs)
+        assert not isinstance(first, tuple)
+        assert not isinstance(second, tuple)
+        swap = (first == PINNED).all() and not (second == PINNED).all()
+        passing, gate, summed = (second, first, second.ndim - 2) if swap else (first, second, first.ndim - 1)
+        self._pin(gate, node)
+        if not (swap and op.means):
+            self._no_shift(passing, node)
+        passing = self._uniform(passing, summed, node)
+        return passing.reshape((1,) * (len(node.shape) - passing.ndim) + passing.shape)
+
+    def _attention(self, node: Node) -> Labels:
+        """The weights are made of values as they are; scale and shift of what they weigh pass."""
+        values = self.labels[node.inputs[2]]
+        assert not isinstance(values, tuple)
+        for other in (*node.inputs[:2], *node.inputs[3:]):
+            for labels in _each(self.labels.get(other)):
+                self._pin(labels, node)
+        return self._uniform(values, values.ndim - 2, node)
 
     # What they demand.
 

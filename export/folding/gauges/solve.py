@@ -64,9 +64,9 @@ def solve(graph: Graph, refuse: Refuse) -> Solution:
     kept = _grant(constraints, best)
     granted = [wish.node for wish in wishes if wish.node not in kept]
     solution = Solution(constraints, granted, {**constraints.barred, **barred, **kept})
-    for wish in wishes:
-        if wish.node in kept and not _grant_scale(constraints, wish):
-            _grant_shift(constraints, wish)
+    for wish in constraints.wishes:
+        if wish.node in solution.kept:
+            _cheapen(constraints, wish, movable=wish.node not in barred or not wish.scale.all())
     return solution
 
 
@@ -114,20 +114,19 @@ def _shift(constraints: Constraints, wish: Wish) -> str | None:
     return None
 
 
-def _grant_scale(constraints: Constraints, wish: Wish) -> bool:
-    """Makes what is left of an affine an addition, if its scale can go."""
-    mark = _mark(constraints)
-    if _tie(constraints, wish) is None:
-        return True
-    _undo(constraints, mark)
-    return False
+def _cheapen(constraints: Constraints, wish: Wish, movable: bool) -> None:
+    """Makes what is left of an affine an addition, if its scale can go, else a multiplication, if its shift can.
 
-
-def _grant_shift(constraints: Constraints, wish: Wish) -> None:
-    """Makes what is left of an affine a multiplication, if its shift can go."""
+    Args:
+        constraints: take up the demand.
+        wish: the affine.
+        movable: whether its shift may move.
+    """
     mark = _mark(constraints)
-    if _shift(constraints, wish) is not None:
+    if _tie(constraints, wish) is not None:
         _undo(constraints, mark)
+        if movable and _shift(constraints, wish) is not None:
+            _undo(constraints, mark)
 
 
 def _mark(constraints: Constraints) -> tuple[int, int]:

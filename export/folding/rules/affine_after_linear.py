@@ -45,7 +45,7 @@ def _apply(graph: Graph, match: Match) -> str:
     assert isinstance(linear, Linear)
     affine = match.affine.per_channel(linear.channels)
     weight, bias = fold_affine(linear.kind, linear.weight, linear.bias, affine, linear.groups)
-    graph.replace(match.source, Linear(linear.kind, weight, bias, linear.groups, linear.axis, linear.window))
+    graph.replace(match.source, linear.with_constants(weight, bias))
     graph.bypass(match.node)
     return f"folded into '{match.source.label}'"
 

@@ -10,6 +10,7 @@ Fold: (W1 x + b1) + (W2 x + b2) = (W1 + W2) x + (b1 + b2), exact where both wind
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def _merged(match: Match) -> Linear | Affine | None:
         return _merged_affines(match)
     op = base.op
     assert isinstance(op, Linear)
-    weight, bias = np.zeros_like(op.weight), np.zeros(op.channels)
+    weight, bias = np.zeros(op.stored.shape), np.zeros(op.channels)
     has_bias = False
     for branch, factor in zip(node.inputs, node.op.coefficients, strict=True):
         part = _as_branch_of(op, branch, match.source)
@@ -77,7 +78,7 @@ def _merged(match: Match) -> Linear | Affine | None:
             return None
         weight, bias = weight + factor * part[0], bias + factor * part[1]
         has_bias |= bool(part[1].any())
-    return Linear(op.kind, weight, bias if has_bias or op.bias is not None else None, op.groups, op.axis, op.window)
+    return op.with_constants(weight, bias if has_bias or op.bias is not None else None)
 
 
 def _merged_affines(match: Match) -> Affine | None:
@@ -102,7 +103,7 @@ def _affine_of(branch: Node, source: Node) -> Affine:
 def _base(branches: list[Node]) -> Node | None:
     """The linear branch whose kernel has room for the others: fewest groups, then the largest window."""
     linear = [(branch, branch.op) for branch in branches if isinstance(branch.op, Linear)]
-    ordered = sorted(linear, key=lambda pair: (pair[1].groups, -math.prod(pair[1].weight.shape[2:])))
+    ordered = sorted(linear, key=lambda pair: (pair[1].groups, -math.prod(pair[1].stored.shape[2:])))
     return ordered[0][0] if ordered else None
 
 
@@ -117,7 +118,7 @@ def _as_branch_of(base: Linear, branch: Node, source: Node) -> tuple[Array, Arra
             return op.weight, bias
         weight = _embedded(base, op.weight, op.groups, op.window)
         return None if weight is None else (weight, bias)
-    channels = input_channels(base.kind, base.weight, base.groups)
+    channels = input_channels(base.kind, base.stored, base.groups)
     affine = _affine_of(branch, source)
     if channels != base.channels or affine.axes not in ((), (base.axis,)):
         return None
@@ -125,7 +126,7 @@ def _as_branch_of(base: Linear, branch: Node, source: Node) -> tuple[Array, Arra
     scale, shift = spread.scale, spread.shift
     if base.window is None:
         return np.diag(scale), shift
-    axes = base.weight.ndim - 2
+    axes = base.stored.ndim - 2
     weight = _embedded(base, scale.reshape(channels, 1, *[1] * axes), channels, Window.plain(axes))
     return None if weight is None else (weight, shift)
 
@@ -134,22 +135,23 @@ def _embedded(base: Linear, weight: Array, groups: int, window: Window) -> Array
     """A kernel written as a larger one that reads the same places and more, with zeros there.
 
     Tap t of a window reads `o * stride - padding + dilation * t`, so tap t of the small one is tap
-    (padding' - padding + dilation * t) / dilation' of the large one.
+    (padding' - padding + dilation * t) / dilation' of the large one, with the padding before. Outputs are equally many
+    where padding' - dilation' * (length' - 1) is the same, with the padding on both sides.
     """
     assert base.window is not None
     outer = base.window
-    if groups % base.groups or window.stride != outer.stride:
+    if groups % base.groups or window.stride != outer.stride or window.varies or outer.varies:
         return None
-    places = []
-    for axis, (small, large) in enumerate(zip(weight.shape[2:], base.weight.shape[2:], strict=True)):
-        gap = outer.padding[axis] - window.padding[axis]
-        same_length = 2 * gap == outer.dilation[axis] * (large - 1) - window.dilation[axis] * (small - 1)
+    places: list[Any] = [range(base.stored.shape[0]), range(base.stored.shape[1])]
+    for axis, (small, large) in enumerate(zip(weight.shape[2:], base.stored.shape[2:], strict=True)):
+        gap, gap_after = (new - old for new, old in zip(outer.padding[axis], window.padding[axis], strict=True))
+        same_length = gap + gap_after == outer.dilation[axis] * (large - 1) - window.dilation[axis] * (small - 1)
         taps = [divmod(gap + window.dilation[axis] * tap, outer.dilation[axis]) for tap in range(small)]
         if not same_length or any(rest or not 0 <= place < large for place, rest in taps):
             return None
         places.append([place for place, _ in taps])
-    result = np.zeros_like(base.weight)
-    result[np.ix_(range(result.shape[0]), range(result.shape[1]), *places)] = widen_groups(weight, groups, base.groups)
+    result = np.zeros(base.stored.shape)
+    result[np.ix_(*places)] = widen_groups(weight, groups, base.groups)
     return result
 
 

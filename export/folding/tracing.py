@@ -30,10 +30,14 @@ from lowprec.kernels import without_kernels
 from lowprec.norm import is_norm
 from lowprec.precision import without_half_hooks
 
+_HALVES = (torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True, eq=False)
 class Traced:
     """A network in float64 with nothing folded yet.
+
+    Its weights are the network's own tensors: a network that is trained on is to be traced anew.
 
     Args:
         program: its operations and constants, float64.
@@ -100,7 +104,8 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any
     if declared := declared_affines(network):
         norms |= {path: NormLayer(training=False) for path in declared}
         program = lift_program(_export(with_affines(network, declared), examples), norms)
-    return Traced(program, interface, FoldedModule(truth, interface, torch.float64), source_dtype, tuple(declared))
+    module = FoldedModule(truth, interface, torch.float64, shares=True)
+    return Traced(program, interface, module, source_dtype, tuple(declared))
 
 
 def _refuse_training(model: nn.Module) -> None:
@@ -116,15 +121,20 @@ def _refuse_training(model: nn.Module) -> None:
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
-    """A deep copy on the CPU without the hooks of half precision."""
+    """A deep copy on the CPU without the hooks of half precision; weights that stay as they are are shared with it."""
+    kept = [tensor for tensor in (*model.parameters(), *model.buffers()) if _stays(tensor)]
     try:
-        copied = copy.deepcopy(model)
+        copied = copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
     except (RuntimeError, TypeError) as error:
         raise FoldError(
             f"the network cannot be copied ({str(error).splitlines()[0]}), and fold leaves its argument alone; "
             f"make it deep-copyable"
         ) from None
     return without_half_hooks(copied).cpu()
+
+
+def _stays(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype not in _HALVES
 
 
 def _source_dtype(network: nn.Module) -> torch.dtype:
@@ -137,7 +147,7 @@ def _source_dtype(network: nn.Module) -> torch.dtype:
 def _widen_halves(network: nn.Module) -> None:
     """Half parameters and buffers become float32, exactly, so that the network's own arithmetic runs on a CPU."""
     for tensor in [*network.parameters(), *network.buffers()]:
-        if tensor.dtype in (torch.float16, torch.bfloat16):
+        if tensor.dtype in _HALVES:
             tensor.data = tensor.data.float()
 
 

@@ -1,0 +1,106 @@
+"""What is exported: a module or an ONNX file, behind one interface, so that the pipeline is the same for both.
+
+Each knows how to fold itself, what the truth is, and what its own framework adds to the waterfall. The rest of the way
+needs no torch, so that an ONNX file takes it where torch is absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from lowprec.calibration.record import Calibration
+from lowprec.data import Samples
+from lowprec.export.golden import Golden
+from lowprec.export.parity import Limits, Stage
+from lowprec.export.truth import Arrays, choose_samples, collect_batches
+from lowprec.report import ChangeReport
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, eq=False)
+class Feeds:
+    """Samples for a network, and where they are from.
+
+    Args:
+        inputs: by input name, samples along axis 0.
+        labels: class per sample, or None.
+        source: in words, for the manifest.
+    """
+
+    inputs: Arrays
+    labels: NDArray[np.int64] | None
+    source: str
+
+
+class Network(Protocol):
+    """A trained network on its way into a bundle.
+
+    Attributes:
+        folded_from: what the fold is judged against, and on which backend: the artefact and backend of its stage.
+    """
+
+    folded_from: tuple[str, str]
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of its inputs, in order."""
+
+    def own_feeds(self) -> Feeds:
+        """The samples that stand in where the caller gives no data."""
+
+    def fold(self, data: Feeds | None) -> ChangeReport:
+        """Folds it; before that there is no `emit` and no `stages`.
+
+        Args:
+            data: what the caller gave, for a check on real inputs.
+        """
+
+    def emit(self) -> onnx.ModelProto:
+        """The folded network in float32."""
+
+    def run(self, feeds: Arrays) -> Arrays:
+        """The truth: outputs of the network as it was, in float64."""
+
+    def ranges(self, feeds: Arrays) -> Calibration:
+        """Ranges of the tensors of the network as it was."""
+
+    def stages(self, golden: Golden, limits: Limits) -> list[Stage]:
+        """How the folded network holds in its own framework, where that is not ONNX."""
+
+
+def network_of(model: nn.Module | str | Path | onnx.ModelProto, example_inputs: Any, dynamic_shapes: Any) -> Network:
+    """The network that a caller gave.
+
+    Args:
+        model: a module in evaluation mode, an ONNX file, or an ONNX model in memory.
+        example_inputs: a tuple of inputs in order; a module needs it.
+        dynamic_shapes: as `torch.export` takes them; an ONNX model knows its own.
+
+    Raises:
+        FoldError: a module that cannot be traced.
+        ArtifactError: a file that is missing, damaged or no ONNX model.
+        UnsupportedError: an ONNX model that is not float32.
+    """
+    if isinstance(model, str | Path | onnx.ModelProto):
+        from lowprec.export.onnx_network import OnnxNetwork
+
+        return OnnxNetwork(model, example_inputs)
+    from lowprec.export.torch_network import TorchNetwork
+
+    return TorchNetwork(model, example_inputs, dynamic_shapes)
+
+
+def feeds_from(data: Samples | Iterable[Any], names: list[str]) -> Feeds:
+    """The samples that a caller gave."""
+    if isinstance(data, Samples):
+        return Feeds(*choose_samples(data, names), data.source)
+    return Feeds(*collect_batches(data, names), "batches given by the caller")
