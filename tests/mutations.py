@@ -51,7 +51,7 @@ MUTATIONS = [
     ),
     Mutation("algebra.py", ".sum((axis, 3))", ".mean((axis, 3))"),
     Mutation("algebra.py", "start = group % ratio * per_group", "start = group // ratio * per_group"),
-    Mutation("algebra.py", "return any(self.padding)", "return all(self.padding)"),
+    Mutation("algebra.py", "any(map(any, self.padding))", "any(map(all, self.padding))"),
     # What each operation is read as.
     Mutation(
         "fx_read.py", 'np.sqrt(_numpy(variance) + given["eps"])', 'np.sqrt(_numpy(variance) + 1.01 * given["eps"])'
@@ -72,7 +72,9 @@ MUTATIONS = [
     Mutation("fx_read.py", "constant is None or (divides and position == 0)", "constant is None"),
     Mutation("fx_read.py", "return Affine(-one, 0 * one)", "return Affine(one, 0 * one)"),
     Mutation("fx_read.py", 'if padding == "same":', 'if padding == "never":'),
-    Mutation("fx_read.py", "_numpy(weight).T, None, 1, _rank(node) - 1)", "_numpy(weight), None, 1, _rank(node) - 1)"),
+    Mutation(
+        "fx_read.py", "_stored(weight).T, None, 1, _rank(node) - 1)", "_stored(weight), None, 1, _rank(node) - 1)"
+    ),
     Mutation("fx_read.py", "same and constant.ndim <= _rank(node)", "constant.ndim <= _rank(node)"),
     Mutation(
         "fx_read.py",
@@ -144,7 +146,24 @@ MUTATIONS = [
         "[(label, -1.0), *zip(parts, op.coefficients, strict=True)]",
         "[(label, -1.0), *((part, 1.0) for part in parts)]",
     ),
-    Mutation("gauges/constraints.py", "        self._pin(gate, node)\n", ""),
+    Mutation(
+        "gauges/constraints.py",
+        "        self._pin(gate, node)\n        self._no_shift(passing, node)\n        return passing",
+        "        self._no_shift(passing, node)\n        return passing",
+    ),
+    Mutation(
+        "gauges/constraints.py",
+        "        self._pin(gate, node)\n        if not (swap and op.means):",
+        "        if not (swap and op.means):",
+    ),
+    Mutation("gauges/constraints.py", "        if not (swap and op.means):\n", "        if not swap:\n"),
+    Mutation("gauges/constraints.py", "        passing = self._uniform(passing, summed, node)\n", ""),
+    Mutation("gauges/constraints.py", "return self._uniform(values, values.ndim - 2, node)", "return values"),
+    Mutation(
+        "gauges/constraints.py",
+        "                self._pin(labels, node)\n        return self._uniform",
+        "                pass\n        return self._uniform",
+    ),
     Mutation(
         "gauges/constraints.py",
         "        self._pin(gate, node)\n        self._no_shift(passing, node)\n",
@@ -160,8 +179,8 @@ MUTATIONS = [
     ),
     Mutation(
         "gauges/constraints.py",
-        "                self._pin(labels, node)\n        return",
-        "                pass\n        return",
+        "                self._pin(labels, node)\n        return np.full",
+        "                pass\n        return np.full",
     ),
     # How demands are kept, granted and written.
     Mutation(
@@ -203,11 +222,13 @@ MUTATIONS = [
     ),
     Mutation(
         "rules/parallel_branches.py",
-        "if groups % base.groups or window.stride != outer.stride:",
-        "if groups % base.groups:",
+        "if groups % base.groups or window.stride != outer.stride or",
+        "if groups % base.groups or",
     ),
     Mutation("rules/parallel_branches.py", "if not same_length or any(", "if any("),
-    Mutation("rules/parallel_branches.py", "gap = outer.padding[axis] - window.padding[axis]", "gap = 0"),
+    Mutation(
+        "rules/parallel_branches.py", "divmod(gap + window.dilation[axis] * tap,", "divmod(window.dilation[axis] * tap,"
+    ),
     Mutation(
         "rules/parallel_branches.py",
         "alone = branch.inputs == [source] and all(user is node for user in branch.users)",

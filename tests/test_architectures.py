@@ -69,5 +69,6 @@ def test_every_norm_folds_into_its_own_convolution_whatever_its_gammas():
         network[1].weight.copy_(torch.tensor([0.0, 1e-30, -1e-12, 1e-7, -1e-4, 1.0, -1.0, 1e12]))
         network[1].bias.normal_()
     folded, report = fold_traced(trace(copy.deepcopy(network), (torch.randn(2, 3, 8, 8),)))
-    assert not report.refused
+    assert report.facts["norms_left"] == 0
+    assert all("fp16's range" in row.reason for row in report.refused)  # 1e12 is beyond half, whatever is done
     assert not operations_left(folded)

@@ -15,6 +15,7 @@ import reference_fold as reference
 import torch
 import torch.nn.functional as F
 from fold_cases import FOLD_CASES, Case, Lambda, make, randomise
+from mutations import MUTATIONS
 from torch import nn
 
 from lowprec.affine import ChannelAffine
@@ -58,6 +59,14 @@ def has_row(rows, name, words):
 def test_every_rule_has_cases():
     assert list(FOLD_CASES) == list(RULES)
     assert all(cases for cases in FOLD_CASES.values())
+
+
+def test_every_planted_defect_has_its_place():
+    """`python -m tests.benchmarks.mutate_folding` plants them; text that has moved would be planted nowhere."""
+    folder = pathlib.Path(__file__).parents[1] / "export" / "folding"
+    for mutation in MUTATIONS:
+        assert (folder / mutation.file).read_text().count(mutation.old) == 1, mutation
+        assert mutation.new != mutation.old
 
 
 @pytest.mark.parametrize(("rule", "case"), EVERY_CASE)
