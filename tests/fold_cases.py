@@ -365,6 +365,14 @@ FOLD_CASES = {
             refused=(("2", "channel 1 has a scale of zero"),),
             norms_left=1,
         ),
+        "mixed-channels": Case(
+            lambda: chain(
+                nn.Conv2d(4, 4, 1), Lambda(lambda m, x: x.mean(1, keepdim=True)), _all_zero(), nn.Conv2d(1, 3, 1)
+            ),
+            IMAGE,
+            refused=(("2", "channel 0 has a scale of zero"),),
+            norms_left=1,
+        ),
         "read-elsewhere": Case(
             lambda: Lambda(lambda m, x: _residual(m, F.avg_pool2d(m.c(x), 2)), c=nn.Conv2d(4, 4, 1), b=_zero_gamma(4)),
             IMAGE,
@@ -538,6 +546,15 @@ FOLD_CASES = {
             IMAGE,
             changed=(("mul", "into 'c', 'a'"),),
         ),
+        "gate-of-higher-rank": Case(
+            lambda: Lambda(
+                lambda m, x: m.c(F.max_pool2d(m.w(x).amax(0) * F.gelu(x), 2) * 2),
+                w=nn.Conv2d(4, 4, 1),
+                c=nn.Conv2d(4, 3, 1),
+            ),
+            IMAGE,
+            changed=(("mul_1", "folded into 'c'"),),
+        ),
         "gate-with-a-shift": Case(
             lambda: Lambda(lambda m, x: m.c(m.b(F.relu(x)) * _gate(x)), b=nn.BatchNorm2d(4), c=nn.Conv2d(4, 3, 1)),
             IMAGE,
@@ -681,6 +698,10 @@ def _shiftless(channels):
 
 def _zero_gamma(channels, axes=2):
     return _with_gamma(channels, lambda norm: norm.weight[1].zero_(), axes)
+
+
+def _all_zero():
+    return _with_gamma(1, lambda norm: norm.weight.zero_())
 
 
 def _tiny_gamma(channels):

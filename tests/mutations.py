@@ -148,8 +148,8 @@ MUTATIONS = [
     ),
     Mutation(
         "gauges/constraints.py",
-        "        self._pin(gate, node)\n        self._no_shift(passing, node)\n        return passing",
-        "        self._no_shift(passing, node)\n        return passing",
+        "        self._pin(gate, node)\n        self._no_shift(passing, node)\n        return _of_rank",
+        "        self._no_shift(passing, node)\n        return _of_rank",
     ),
     Mutation(
         "gauges/constraints.py",

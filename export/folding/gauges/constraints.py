@@ -216,7 +216,7 @@ class Constraints:
         passing, gate = (second, first) if swap else (first, second)
         self._pin(gate, node)
         self._no_shift(passing, node)
-        return passing
+        return _of_rank(passing, len(node.shape))
 
     def _matrix_product(self, node: Node, op: MatrixProduct) -> Labels:
         """One factor stays as it is; a scale of the other passes if it does not vary along the axis that is summed."""
@@ -229,7 +229,7 @@ class Constraints:
         if not (swap and op.means):
             self._no_shift(passing, node)
         passing = self._uniform(passing, summed, node)
-        return passing.reshape((1,) * (len(node.shape) - passing.ndim) + passing.shape)
+        return _of_rank(passing, len(node.shape))
 
     def _attention(self, node: Node) -> Labels:
         """The weights are made of values as they are; scale and shift of what they weigh pass."""
@@ -306,6 +306,11 @@ def _called(node: Node) -> str:
     if isinstance(node.op, LiveNorm):
         return f"'{node.label}', which takes its statistics from what it is given"
     return f"'{node.label}' ({node.kind})"
+
+
+def _of_rank(labels: Labels, rank: int) -> Labels:
+    """Labels with axes of length 1 put first, as broadcasting does."""
+    return labels.reshape((1,) * (rank - labels.ndim) + labels.shape)
 
 
 def _each(labels: Labels | tuple[Labels, ...] | None) -> tuple[Labels, ...]:

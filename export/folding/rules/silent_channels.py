@@ -30,27 +30,33 @@ class SilentChannels:
     def run(self, graph: Graph) -> Done:
         """Goes over the whole graph once."""
         done = Done()
-        makers = {node: maker for node in graph.nodes if (maker := _maker(node)) is not None}
-        if not makers:
+        candidates = [node for node in graph.nodes if isinstance(node.op, Affine) and (node.op.scale == 0).any()]
+        if not candidates:
             return done
         constraints = Constraints(graph)
         for wish in constraints.wishes:
-            if wish.node in makers and (count := _silence(graph, constraints, wish, makers[wish.node])):
-                sentence = f"{count} channels with a scale of zero became zero in '{makers[wish.node].label}'"
+            maker = _maker(constraints, wish.node) if wish.node in candidates else None
+            if maker is not None and (count := _silence(graph, constraints, wish, maker)):
+                sentence = f"{count} channels with a scale of zero became zero in '{maker.label}'"
                 done.changed.append((wish.node.label, wish.node.norm, sentence))
         return done
 
 
-def _maker(node: Node) -> Node | None:
-    """The linear operation whose result only this affine sees, by way of operations that keep zeros zero."""
-    if not isinstance(node.op, Affine) or not (node.op.scale == 0).any():
-        return None
+def _maker(constraints: Constraints, node: Node) -> Node | None:
+    """The linear operation whose result only this affine sees, by way of operations that keep zeros zero.
+
+    They must not combine channels either, because a zero one would then be seen through another.
+    """
     source = node.inputs[0]
     while source.users == [node]:
         if isinstance(source.op, Linear):
             return source
         if not isinstance(source.op, Movement | Through) or len(source.inputs) != 1:
             return None
+        if isinstance(source.op, Through):
+            labels = constraints.input_labels(source)
+            if any(labels.shape[axis] > 1 for axis in source.op.mixes):
+                return None
         node, source = source, source.inputs[0]
     return None
 
