@@ -6,7 +6,7 @@ is measured in onnxruntime where that is installed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,15 @@ from lowprec.export.float64 import Float64Graph
 from lowprec.export.float64.widening import widened
 from lowprec.export.folding import RULES
 from lowprec.export.folding.accuracy import Arrays, Run, Truth, refuse_wrong, rms
-from lowprec.export.folding.attempts import Attempt, best_attempt, fold_graph, report_baked
+from lowprec.export.folding.attempts import Attempt, balance_graph, best_attempt, fold_graph, report_baked
+from lowprec.export.folding.gauges.balance import leaves_range
 from lowprec.export.folding.onnx_assembly import baked_operations
 from lowprec.export.folding.onnx_feeds import Feeds, batches_to_measure
 from lowprec.export.folding.onnx_program import OnnxProgram, read_program
-from lowprec.export.folding.onnx_read import view_of
+from lowprec.export.folding.onnx_read import OnnxGraph, view_of
 from lowprec.export.folding.onnx_write import write_onnx
 from lowprec.export.folding.rules.rule import Rule
+from lowprec.formats import FP16
 from lowprec.report import ChangeReport
 
 
@@ -63,6 +65,9 @@ def fold_onnx(
     def attempt(chosen: list[Rule]) -> Attempt[onnx.ModelProto]:
         view = view_of(program)
         facts = fold_graph(view.graph, chosen, {})
+        if leaves_range(view.graph, FP16):
+            stored = Float64Graph(write_onnx(view, wide=True))
+            balance_graph(view.graph, lambda see: _show(stored, batches, view, see), FP16, facts)
         folded = write_onnx(view)
         wide, narrow = Float64Graph(write_onnx(view, wide=True)), _rounded(folded, names, inputs[0])
         return Attempt.judged(folded, facts, truth.measure(_exact(wide), narrow), _weights(folded))
@@ -108,11 +113,22 @@ def _sizes(program: OnnxProgram, batches: Iterable[Feeds]) -> dict[str, float]:
     """rms of every float tensor in float64, by node, over a few inputs."""
     sizes: dict[str, float] = {}
 
-    def watch(name: str, value: Any) -> None:
-        if isinstance(value, np.ndarray) and value.dtype == np.float64:
-            sizes[name] = max(sizes.get(name, 0.0), rms([value[np.isfinite(value)]]))
+    def see(name: str, value: NDArray[np.float64]) -> None:
+        sizes[name] = max(sizes.get(name, 0.0), rms([value[np.isfinite(value)]]))
 
-    graph = Float64Graph(program.model)
+    _show(Float64Graph(program.model), batches, view_of(program), see)
+    return sizes
+
+
+def _show(
+    graph: Float64Graph, batches: Iterable[Feeds], view: OnnxGraph, see: Callable[[str, NDArray[np.float64]], None]
+) -> None:
+    """Runs a model in float64 and shows every float tensor that a node of the view makes, with the node's name."""
+    nodes = {value: node.name for node, value in view.values.items()}
+
+    def watch(name: str, value: Any) -> None:
+        if name in nodes and isinstance(value, np.ndarray) and value.dtype == np.float64:
+            see(nodes[name], value)
+
     for batch in batches:
         graph.run(batch, watch=watch)
-    return {node.name: sizes[value] for node, value in view_of(program).values.items() if value in sizes}
