@@ -203,6 +203,7 @@ CASES: dict[str, Case] = {
     "expand": Case("h = Expand(b, n)", ALL, {"n": indices(1, 4, 1, 6)}, shape=(4, 6, 1)),
     "tile": Case("h = Tile(b, n)", ALL, {"n": indices(1, 2, 1, 2)}, tail_shape=(3, 8, 1, 1)),
     "dropout": Case("h = Dropout(b)", ALL),
+    "dropout that is off": Case("h = Dropout(b, r, t)", ALL, {"r": ZERO, "t": np.array(False)}),
     "captured": Case(
         "m = ReduceMean<keepdims=0>(x) f = Less(m, z) "
         "h = If(f)<then_branch = t () => (u) { u = Neg(b) }, else_branch = e () => (v) { v = Abs(b) }>",

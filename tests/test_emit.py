@@ -128,15 +128,19 @@ class TestEmit:
         assert [module_path(node) for node in model.graph.node if node.op_type == "Conv"] == ["stem", "block.conv"]
         assert paths["Relu"] == "block"
         assert paths["Gemm"] == "fc"
-        assert paths["BatchNormalization"] == "pre"
+        assert "BatchNormalization" not in paths
         assert paths["Softmax"] == ""
 
-    def test_the_norm_that_stays_has_scale_and_shift_only(self, model):
-        node = next(node for node in model.graph.node if node.op_type == "BatchNormalization")
+    def test_a_norm_that_stays_is_a_depthwise_convolution(self):
+        layers = nn.Sequential(nn.SiLU(), nn.BatchNorm2d(3), nn.SiLU()).eval()
+        with torch.no_grad():
+            layers[1].running_mean.normal_()
+        model = emit_onnx(fold(layers, (torch.randn(2, 3, 4, 4),))[0])
+        (conv,) = [node for node in model.graph.node if node.op_type not in ("Sigmoid", "Mul", "Swish")]
         constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-        assert constants[node.input[3]].tolist() == [0.0]
-        assert constants[node.input[4]].tolist() == [1.0]
-        assert {attribute.name: attribute.f for attribute in node.attribute}["epsilon"] == 0.0
+        assert (conv.op_type, module_path(conv)) == ("Conv", "1")
+        assert {attribute.name: attribute.i for attribute in conv.attribute}["group"] == 3
+        assert [constants[name].shape for name in conv.input[1:]] == [(3, 1, 1, 1), (3,)]
 
     def test_takes_names_from_a_trace_and_custom_axes(self):
         network = Lambda(lambda m, x: m.c(x), c=nn.Conv2d(1, 2, 3)).eval()

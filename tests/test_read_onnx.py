@@ -198,12 +198,13 @@ class TestRefused:
         [
             ("y = Relu(x)", 6, "is of opset 6, lowprec folds from opset 7 on; convert it with onnx.version_converter"),
             ("r = RandomNormalLike(x) y = Add(x, r)", 21, "draws random numbers"),
+            ("y = Dropout(x, r, t)", 21, "draws random numbers"),
             ("y = com.example.Magic(x)", 21, "onnx's reference cannot evaluate this graph"),
             ("y = GridSample(x, g)", 21, "cannot be evaluated in float64"),
         ],
     )
     def test_models_without_a_truth(self, text, opset, words):
-        model = model_of(text, {"g": some(2, 3, 3, 2)}, IMAGE, opset, rank=4)
+        model = model_of(text, {"g": some(2, 3, 3, 2), "r": some(), "t": np.array(True)}, IMAGE, opset, rank=4)
         model.opset_import.append(helper.make_opsetid("com.example", 1))
         with pytest.raises(UnsupportedError, match=words):
             fold_onnx(model)

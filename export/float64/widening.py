@@ -62,10 +62,11 @@ def float64_model(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, ND
         name = copy.graph.sparse_initializer[0].values.name
         raise UnsupportedError(f"the weight {name!r} is stored sparsely, which onnx's reference cannot read; unpack it")
     weights = {tensor.name: widened(numpy_helper.to_array(tensor)) for tensor in copy.graph.initializer}
+    false = _says_false(copy.graph)
     del copy.graph.initializer[:]
     for graph in graphs_of(copy):
         for node in graph.node:
-            _check_node(node)
+            _check_node(node, false)
             _widen_node(node)
         for index, tensor in enumerate(graph.initializer):
             graph.initializer[index].CopyFrom(_widened_tensor(tensor))
@@ -80,9 +81,22 @@ def widened(array: NDArray[Any]) -> NDArray[Any]:
     return array.astype(np.float64) if onnx.helper.np_dtype_to_tensor_dtype(array.dtype) in WIDENED else array
 
 
-def _check_node(node: onnx.NodeProto) -> None:
+def _says_false(graph: onnx.GraphProto) -> set[str]:
+    """Constants that hold nothing but False and that no caller may override: the mode of a dropout that is off."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
+            tensors[node.output[0]] = node.attribute[0].t
+    for value in graph.input:
+        tensors.pop(value.name, None)
+    bools = {name: tensor for name, tensor in tensors.items() if tensor.data_type == TensorProto.BOOL}
+    return {name for name, tensor in bools.items() if not numpy_helper.to_array(tensor).any()}
+
+
+def _check_node(node: onnx.NodeProto, false: set[str]) -> None:
     name = node.name or (node.output[0] if node.output else "?")
-    if node.op_type in RANDOM_OPS or (node.op_type == "Dropout" and len(node.input) > 2 and node.input[2]):
+    drops = node.op_type == "Dropout" and len(node.input) > 2 and node.input[2] not in {"", *false}
+    if node.op_type in RANDOM_OPS or drops:
         raise UnsupportedError(
             f"node {name!r} ({node.op_type}) draws random numbers, so the network has no one answer to compare; "
             "export it in evaluation mode"

@@ -3,7 +3,7 @@
 `trace` gives the truth, `fold_traced` works on it, `fold` is both; `fold_onnx` does the same with an ONNX model, where
 torch may be absent. To add a rule: a file in `rules/` that works on the neutral graph, one line in `RULES`, and rows in
 the tests' case table, refusals included. To let scales and shifts pass an operation that is opaque so far: one line in
-`OPERATIONS` of `fx_read.py` and one in that of `onnx_read.py`.
+`OPERATIONS` of `fx_read.py` and one in that of `onnx_operators.py`.
 """
 
 from __future__ import annotations

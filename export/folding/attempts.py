@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Shifts, in multiples of the rms of what they are added to, beyond which an affine stays where it is.
-_LIMITS = (100.0, 10.0, 1.0, 0.0)
+# Shifts, in multiples of the rms of what they are added to, beyond which an affine stays where it is; at last all stay.
+_LIMITS = (100.0, 10.0, 1.0, 0.0, -1.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ class ChannelGauges:
 
     Args:
         largest_shift: affines whose shift over scale is beyond this many times the size of what they read stay where
-            they are; infinite to move all.
+            they are; infinite to move all, negative to move none.
         sizes: rms of every tensor, by node; needed with a limit.
     """
 
@@ -52,6 +52,8 @@ class ChannelGauges:
             return f"channel {int((wish.scale == 0).argmax())} has a scale of zero, so nothing behind it can undo it"
         if math.isinf(self.largest_shift):
             return None
+        if self.largest_shift < 0:
+            return "whatever is moved through this network costs it more than twice the precision in float32"
         size = self.sizes.get(wish.node.inputs[0].name, 0.0)
         largest = float(abs(wish.shift / wish.scale).max(initial=0.0))
         if largest <= self.largest_shift * size:
