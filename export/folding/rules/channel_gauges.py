@@ -38,7 +38,10 @@ class ChannelGauges:
     def run(self, graph: Graph) -> Done:
         """Moves everything that can be moved at once."""
         done = Done()
-        if not any(isinstance(node.op, Affine) for node in graph.nodes):
+        affines = [node for node in graph.nodes if isinstance(node.op, Affine)]
+        if not affines or self.largest_shift < 0:
+            reason = "whatever is moved through this network costs it more than twice the precision in float32"
+            done.refused.update((node, node.why_not_finite or reason) for node in affines)
             return done
         solution = solve(graph, self._refuse)
         for node in solution.granted:
@@ -52,8 +55,6 @@ class ChannelGauges:
             return f"channel {int((wish.scale == 0).argmax())} has a scale of zero, so nothing behind it can undo it"
         if math.isinf(self.largest_shift):
             return None
-        if self.largest_shift < 0:
-            return "whatever is moved through this network costs it more than twice the precision in float32"
         size = self.sizes.get(wish.node.inputs[0].name, 0.0)
         largest = float(abs(wish.shift / wish.scale).max(initial=0.0))
         if largest <= self.largest_shift * size:
