@@ -33,6 +33,7 @@ def caught_by(mutation: Mutation) -> str | None:
         path.write_text(path.read_text().replace(mutation.old, mutation.new, 1))
         environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
+        command += ["-k", "not planted_defect"]  # that test only asks whether the text is there
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return None
