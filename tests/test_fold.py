@@ -189,6 +189,18 @@ def test_a_wrong_rule_is_caught_by_the_float64_check():
         fold_with_rules(traced, [rule])
 
 
+def test_an_output_of_nothing_but_rounding_is_no_defect():
+    """All samples are equal, so what is left of them is noise, and folding gives other noise."""
+
+    def forward(m, x):
+        y = m.n(F.avg_pool2d(m.c(F.gelu(x) * 0 + 1), 2))
+        return y - y.mean(0)
+
+    network = randomise(Lambda(forward, c=nn.Conv2d(4, 3, 3), n=nn.BatchNorm2d(3)).eval())
+    _, report = fold(network, (torch.randn(3, 4, 7, 6),))
+    assert report.facts["norms_left"] == 0
+
+
 def test_report_has_its_figures():
     network = make(FOLD_CASES["affine-after-linear"]["conv2d-padded"])
     with torch.no_grad():

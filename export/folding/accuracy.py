@@ -26,6 +26,10 @@ MAX_FLOAT64_ERROR = 1e-10
 # A fold is accepted if rounding to float32 costs at most this many times what it costs the network as it was.
 MAX_FLOAT32_RATIO = 2.0
 
+# A float64 error of a hundred roundings is none: what float32 is off by, times u64 / u32 = 2^-29 and a hundred, may
+# differ, and stays within MAX_FLOAT64_ERROR if the output is worth this many times the float32 error.
+_NOISE = 100 * 2.0**-29 / MAX_FLOAT64_ERROR
+
 # Small networks are measured on many samples, because the ratio of two errors over a few numbers is mostly chance;
 # a network on images of 224 x 224 pixels gets one, which takes as long as the rest of the fold.
 _MAX_SAMPLES = 64
@@ -82,7 +86,10 @@ class Truth:
     def __init__(self, exact: Run, plain: Run | None, inputs: Sequence[Arrays]) -> None:
         self._inputs = inputs
         self._expected = [exact(batch) for batch in inputs]
-        self._plain_error = None if plain is None else self._error(plain)
+        errors = None if plain is None else self._errors(plain)
+        self._plain_error = None if errors is None else rms([part for batch in errors for part in batch])
+        # What an output is at least taken to be worth: where terms cancel it is all rounding, which tells nothing.
+        self._floors = [[_NOISE * rms([part]) for part in batch] for batch in errors or [[] for _ in inputs]]
 
     def measure(self, wide: Run, narrow: Run | None) -> Measured:
         """Errors of a folded network.
@@ -96,46 +103,50 @@ class Truth:
     def float64_error(self, wide: Run) -> float:
         """Largest relative error of a folded network that is run in float64."""
         return max(
-            relative_error(known, wide(batch)) for known, batch in zip(self._expected, self._inputs, strict=True)
+            relative_error(known, wide(batch), floors)
+            for known, batch, floors in zip(self._expected, self._inputs, self._floors, strict=True)
         )
 
     def float32_ratio(self, narrow: Run | None) -> tuple[float | None, bool]:
         """What a folded network loses in float32 over what the network as it was loses, and whether that was run."""
         if narrow is None or self._plain_error is None:
             return None, False
-        error = self._error(narrow)
+        error = rms([part for batch in self._errors(narrow) for part in batch])
         if self._plain_error == 0:
             return (1.0 if error == 0 else None), True
         ratio = error / self._plain_error
         return (ratio if math.isfinite(ratio) else None), True
 
-    def _error(self, network: Run) -> float:
-        """rms over all finite elements of all outputs."""
-        differences = []
-        for batch, expected in zip(self._inputs, self._expected, strict=True):
-            pairs = [
-                (a, b, np.isfinite(b)) for a, b in zip(network(batch), expected, strict=True) if b.dtype.kind == "f"
-            ]
-            differences += [a[finite].astype(np.float64) - b[finite] for a, b, finite in pairs]
-        return rms(differences)
+    def _errors(self, network: Run) -> list[list[NDArray[Any]]]:
+        """For each batch the errors of each floating output, where it is finite."""
+        found = [[a for a in network(batch) if a.dtype.kind == "f"] for batch in self._inputs]
+        known = [[b for b in batch if b.dtype.kind == "f"] for batch in self._expected]
+        return [
+            [a[np.isfinite(b)].astype(np.float64) - b[np.isfinite(b)] for a, b in zip(*pair, strict=True)]
+            for pair in zip(found, known, strict=True)
+        ]
 
 
-def relative_error(reference: Arrays, candidate: Arrays) -> float:
+def relative_error(reference: Arrays, candidate: Arrays, floors: Sequence[float] = ()) -> float:
     """Largest over the floating outputs of max |candidate - reference| / rms(reference), in float64.
 
     A difference in which elements are not finite counts as infinite; an output that is zero everywhere is compared
     absolutely.
+
+    Args:
+        reference: outputs.
+        candidate: outputs of the same shapes.
+        floors: for each floating output, what its rms is taken to be at least.
     """
     worst = 0.0
-    for expected, found in zip(reference, candidate, strict=True):
-        if expected.dtype.kind != "f" or not expected.size:
-            continue
+    pairs = [(b, a) for b, a in zip(reference, candidate, strict=True) if b.dtype.kind == "f"]
+    for (expected, found), floor in zip(pairs, floors or [0.0] * len(pairs), strict=True):
         expected, found = expected.astype(np.float64), found.astype(np.float64)
         finite = np.isfinite(expected)
         if not np.array_equal(finite, np.isfinite(found)):
             return math.inf
         difference = float(np.abs(found[finite] - expected[finite]).max(initial=0.0))
-        worst = max(worst, difference / (rms([expected[finite]]) or 1.0))
+        worst = max(worst, difference / (max(rms([expected[finite]]), floor) or 1.0))
     return worst
 
 
