@@ -189,6 +189,32 @@ def test_a_wrong_rule_is_caught_by_the_float64_check():
         fold_with_rules(traced, [rule])
 
 
+@torch.library.custom_op("lowprec_tests::squash", mutates_args=())
+def squash(x: torch.Tensor) -> torch.Tensor:
+    return x / (1 + x.abs())
+
+
+@squash.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_custom_operators_stay_in_their_place():
+    layers = {
+        "c": nn.Conv2d(4, 3, 3),
+        "b": nn.BatchNorm2d(3),
+        "n": nn.BatchNorm2d(3),
+        "d": nn.Conv2d(3, 2, 3, padding=1),
+    }
+    network = randomise(Lambda(lambda m, x: m.d(m.n(squash(m.b(m.c(x))))), **layers).eval())
+    folded, report = fold(network, (torch.randn(2, 4, 7, 6),))
+    assert has_row(report.changed, "b", "folded into 'c'")
+    assert has_row(report.refused, "n", "its shift would have to pass 'd'")
+    assert torch.ops.lowprec_tests.squash.default in {node.target for node in folded.network.graph.nodes}
+    x = torch.randn(3, 4, 7, 6)
+    assert worst(network.double()(x.double()), folded(x)) <= FLOAT32
+
+
 def test_an_output_of_nothing_but_rounding_is_no_defect():
     """All samples are equal, so what is left of them is noise, and folding gives other noise."""
 
