@@ -8,8 +8,9 @@ from __future__ import annotations
 if __name__ != "lowprec.calibration":
     raise ImportError("import lowprec.calibration, not calibration: this folder is a part of lowprec")
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lowprec.lazy import resolver
 
 if TYPE_CHECKING:
     from lowprec.calibration.activations import calibrate
@@ -25,9 +26,4 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    try:
-        home = _HOME[name]
-    except KeyError:
-        raise AttributeError(f"module 'lowprec.calibration' has no attribute {name!r}") from None
-    return getattr(importlib.import_module(home), name)
+__getattr__ = resolver(__name__, _HOME)

@@ -8,8 +8,9 @@ from __future__ import annotations
 if __name__ != "lowprec.export":
     raise ImportError(f"import lowprec.export, not {__name__}: a second copy of its types would not match the first")
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lowprec.lazy import resolver
 
 if TYPE_CHECKING:
     from lowprec.export.comparison import compare
@@ -27,12 +28,7 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    try:
-        home = _HOME[name]
-    except KeyError:
-        raise AttributeError(f"module 'lowprec.export' has no attribute {name!r}") from None
-    return getattr(importlib.import_module(home), name)
+__getattr__ = resolver(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

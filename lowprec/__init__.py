@@ -6,8 +6,9 @@ Importing this package loads neither torch nor onnx: public names resolve on fir
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lowprec.lazy import resolver
 
 __version__ = "0.1.0"
 
@@ -32,12 +33,7 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    try:
-        home = _HOME[name]
-    except KeyError:
-        raise AttributeError(f"module 'lowprec' has no attribute {name!r}") from None
-    return getattr(importlib.import_module(home), name)
+__getattr__ = resolver(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,6 @@ the tests' case table, refusals included. To let scales and shifts pass an opera
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from lowprec.export.folding.rules.affine_after_affine import AFFINE_AFTER_AFFINE
@@ -18,6 +17,7 @@ from lowprec.export.folding.rules.identity_affine import IDENTITY_AFFINE
 from lowprec.export.folding.rules.parallel_branches import PARALLEL_BRANCHES
 from lowprec.export.folding.rules.rule import Rule
 from lowprec.export.folding.rules.silent_channels import SILENT_CHANNELS
+from lowprec.lazy import resolver
 from lowprec.report import ChangeReport
 
 if TYPE_CHECKING:
@@ -88,9 +88,4 @@ def fold(
     return fold_traced(trace(model, example_inputs, dynamic_shapes))
 
 
-def __getattr__(name: str) -> Any:
-    try:
-        home = _HOME[name]
-    except KeyError:
-        raise AttributeError(f"module 'lowprec.export.folding' has no attribute {name!r}") from None
-    return getattr(importlib.import_module(home), name)
+__getattr__ = resolver(__name__, _HOME)
