@@ -94,6 +94,13 @@ FOLD_CASES = {
             lambda: chain(nn.ConvTranspose3d(2, 2, 2, groups=2, bias=False), nn.BatchNorm3d(2)), (1, 2, 3, 3, 3), INTO_0
         ),
         "linear": Case(lambda: chain(nn.Linear(5, 3), nn.BatchNorm1d(3)), (1, 5), INTO_0),
+        "embedding": Case(
+            lambda: Lambda(
+                lambda m, x: F.gelu(m.b(m.e((x[:, 0] > 0).long()))), e=nn.Embedding(2, 5), b=nn.BatchNorm1d(5)
+            ),
+            (1, 4),
+            changed=(("b", "folded into 'e'"),),
+        ),
         "no-affine": Case(lambda: chain(nn.Linear(5, 3), nn.BatchNorm1d(3, affine=False)), (1, 5), INTO_0),
         "own-norm": Case(lambda: chain(nn.Conv2d(4, 3, 3), L1BatchNorm2d(3)), IMAGE, INTO_0),
         "sync": Case(lambda: chain(nn.Conv2d(4, 3, 3), nn.SyncBatchNorm(3)), IMAGE, INTO_0),

@@ -21,6 +21,7 @@ from lowprec.export.folding.graph import (
     Affine,
     Linear,
     LiveNorm,
+    MatrixProduct,
     Op,
     Opaque,
     Product,
@@ -140,10 +141,22 @@ def _read_gemm(call: Call) -> Op:
 
 def _read_matmul(call: Call) -> Op:
     """`x @ W` for a constant matrix is a linear layer."""
+    if call.computes(0) and call.computes(1):
+        ranks = [call.program.rank(name) for name in call.node.input]
+        return MatrixProduct(means=_is_softmax(call, call.name(0))) if min(ranks) > 1 else Opaque()
     weight = call.constant(1)
     if weight is None or weight.ndim != 2 or call.rank < 2:
         return Opaque()
     return Linear("linear", weight.T, None, 1, call.rank - 1)
+
+
+def _is_softmax(call: Call, value: str) -> bool:
+    """Whether a value adds up to one along its last axis; before opset 13 a softmax goes over several."""
+    maker = next((node for node in call.program.model.graph.node if value in node.output), None)
+    if maker is None or maker.op_type != "Softmax" or call.program.opset < 13:
+        return False
+    axes = [attribute.i for attribute in maker.attribute if attribute.name == "axis"] or [-1]
+    return axes[0] in (-1, call.program.rank(value) - 1)
 
 
 def read_biased_product(program: OnnxProgram, product: onnx.NodeProto, adds: onnx.NodeProto) -> Linear | None:

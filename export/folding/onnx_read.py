@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from lowprec.export.folding.graph import Affine, Graph, LiveNorm, Node, Op, Opaque, Product, Sum
+from lowprec.export.folding.graph import Affine, Graph, LiveNorm, MatrixProduct, Node, Op, Opaque, Product, Sum
 from lowprec.export.folding.onnx_edits import attributes_of, names_read
 from lowprec.export.folding.onnx_feeds import Feeds
 from lowprec.export.folding.onnx_moves import MOVES, handed_over, part_of, read_move
@@ -127,7 +127,7 @@ class _Reader:
             return Opaque()
         op = reader(Call(program, node, attributes_of(node)))
         several = isinstance(op, LiveNorm) or len([name for name in node.output if name]) == 1
-        reads = len(op.coefficients) if isinstance(op, Sum) else 2 if isinstance(op, Product) else 1
+        reads = len(op.coefficients) if isinstance(op, Sum) else 2 if isinstance(op, Product | MatrixProduct) else 1
         return op if isinstance(op, LiveNorm) or (several and len(sources) == reads) else Opaque()
 
     def _connect(self, node: Node, sources: Iterable[str]) -> None:
