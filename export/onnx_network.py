@@ -11,8 +11,8 @@ from lowprec.calibration.record import Calibration
 from lowprec.errors import UnsupportedError
 from lowprec.export.backends.ort import half_types
 from lowprec.export.float64 import Float64Graph
-from lowprec.export.folding.onnx_feeds import random_samples
-from lowprec.export.folding.onnx_fold import fold_onnx
+from lowprec.export.folding.from_onnx.feeds import random_samples
+from lowprec.export.folding.from_onnx.fold import fold_onnx
 from lowprec.export.golden import Golden
 from lowprec.export.networks import Feeds
 from lowprec.export.onnx_files import load_onnx

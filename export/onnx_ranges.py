@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lowprec.calibration.record import Calibration, range_summary
 from lowprec.export.float64 import Float64Graph, Kind
-from lowprec.export.folding.onnx_edits import names_read
+from lowprec.export.folding.from_onnx.edits import names_read
 from lowprec.export.tensors import fixed_batch
 from lowprec.export.truth import Arrays
 from lowprec.formats import FP16

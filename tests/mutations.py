@@ -54,71 +54,75 @@ MUTATIONS = [
     Mutation("algebra.py", "any(map(any, self.padding))", "any(map(all, self.padding))"),
     # What each operation is read as.
     Mutation(
-        "fx_read.py", 'np.sqrt(_numpy(variance) + given["eps"])', 'np.sqrt(_numpy(variance) + 1.01 * given["eps"])'
+        "traced/read.py", 'np.sqrt(_numpy(variance) + given["eps"])', 'np.sqrt(_numpy(variance) + 1.01 * given["eps"])'
     ),
     Mutation(
-        "fx_read.py",
+        "traced/read.py",
         "return Affine.along(1, _rank(node), affine)",
         "return Affine.along(_rank(node) - 1, _rank(node), affine)",
     ),
     Mutation(
-        "fx_read.py", '"sub": _read_sum(lambda alpha: (1.0, -alpha))', '"sub": _read_sum(lambda alpha: (1.0, alpha))'
+        "traced/read.py",
+        '"sub": _read_sum(lambda alpha: (1.0, -alpha))',
+        '"sub": _read_sum(lambda alpha: (1.0, alpha))',
     ),
     Mutation(
-        "fx_read.py", '"rsub": _read_sum(lambda alpha: (-alpha, 1.0))', '"rsub": _read_sum(lambda alpha: (-1.0, alpha))'
+        "traced/read.py",
+        '"rsub": _read_sum(lambda alpha: (-alpha, 1.0))',
+        '"rsub": _read_sum(lambda alpha: (-1.0, alpha))',
     ),
-    Mutation("fx_read.py", "coefficients[position] * constant", "constant"),
-    Mutation("fx_read.py", "scale = 1 / constant if divides else constant", "scale = constant"),
-    Mutation("fx_read.py", "constant is None or (divides and position == 0)", "constant is None"),
-    Mutation("fx_read.py", "return Affine(-one, 0 * one)", "return Affine(one, 0 * one)"),
-    Mutation("fx_read.py", 'if padding == "same":', 'if padding == "never":'),
+    Mutation("traced/read.py", "coefficients[position] * constant", "constant"),
+    Mutation("traced/read.py", "scale = 1 / constant if divides else constant", "scale = constant"),
+    Mutation("traced/read.py", "constant is None or (divides and position == 0)", "constant is None"),
+    Mutation("traced/read.py", "return Affine(-one, 0 * one)", "return Affine(one, 0 * one)"),
+    Mutation("traced/read.py", 'if padding == "same":', 'if padding == "never":'),
     Mutation(
-        "fx_read.py", "_stored(weight).T, None, 1, _rank(node) - 1)", "_stored(weight), None, 1, _rank(node) - 1)"
+        "traced/read.py", "_stored(weight).T, None, 1, _rank(node) - 1)", "_stored(weight), None, 1, _rank(node) - 1)"
     ),
-    Mutation("fx_read.py", "same and constant.ndim <= _rank(node)", "constant.ndim <= _rank(node)"),
+    Mutation("traced/read.py", "same and constant.ndim <= _rank(node)", "constant.ndim <= _rank(node)"),
     Mutation(
-        "fx_read.py",
+        "traced/read.py",
         '**dict.fromkeys(("relu", "leaky_relu", "prelu", "abs"), _read_homogeneous)',
         '**dict.fromkeys(("relu", "leaky_relu", "prelu", "abs", "gelu"), _read_homogeneous)',
     ),
     Mutation(
-        "fx_read.py",
+        "traced/read.py",
         '**dict.fromkeys(("relu", "leaky_relu", "prelu", "abs"), _read_homogeneous)',
         '**dict.fromkeys(("relu", "leaky_relu", "prelu", "abs", "silu"), _read_homogeneous)',
     ),
     Mutation(
-        "fx_read.py",
+        "traced/read.py",
         '**dict.fromkeys(("clamp", "clamp_min"), _read_clamp)',
         '**dict.fromkeys(("clamp", "clamp_min", "hardtanh"), lambda *_: Through(True, False))',
     ),
-    Mutation("fx_read.py", 'given["min"] == 0 and given.get("max") is None', 'given["min"] == 0'),
+    Mutation("traced/read.py", 'given["min"] == 0 and given.get("max") is None', 'given["min"] == 0'),
     Mutation(
-        "fx_read.py",
+        "traced/read.py",
         "    return Through(positive=True, shift=False)\n\n\ndef _read_clamp",
         "    return Through(positive=False, shift=False)\n\n\ndef _read_clamp",
     ),
     Mutation(
-        "fx_read.py",
+        "traced/read.py",
         "    return Through(positive=True, shift=False)\n\n\ndef _read_clamp",
         "    return Through(positive=True, shift=True)\n\n\ndef _read_clamp",
     ),
     Mutation(
-        "fx_read.py",
+        "traced/read.py",
         "Through(positive=True, shift=True, mixes=_window_axes(node))",
         "Through(positive=False, shift=True, mixes=_window_axes(node))",
     ),
-    Mutation("fx_read.py", 'even = not counts and given.get("divisor_override") is None', "even = True"),
+    Mutation("traced/read.py", 'even = not counts and given.get("divisor_override") is None', "even = True"),
     Mutation(
-        "fx_read.py",
+        "traced/read.py",
         '"sum": _read_reduction(positive=False, shift=False)',
         '"sum": _read_reduction(positive=False, shift=True)',
     ),
     Mutation(
-        "fx_read.py",
+        "traced/read.py",
         '"amax": _read_reduction(positive=True, shift=True)',
         '"amax": _read_reduction(positive=False, shift=True)',
     ),
-    Mutation("fx_read.py", 'return ZeroPad(widths) if not given["value"] else Opaque()', "return ZeroPad(widths)"),
+    Mutation("traced/read.py", 'return ZeroPad(widths) if not given["value"] else Opaque()', "return ZeroPad(widths)"),
     # What each operation demands.
     Mutation("graph.py", "return self.window is None or not self.window.pads", "return True"),
     Mutation(
@@ -241,15 +245,15 @@ MUTATIONS = [
     ),
     Mutation("rules/silent_channels.py", "    while source.users == [node]:", "    while True:"),
     # The way into and out of the graph.
-    Mutation("fx_moves.py", "            return None\n    return labels", "            pass\n    return labels"),
+    Mutation("traced/moves.py", "            return None\n    return labels", "            pass\n    return labels"),
     Mutation(
-        "fx_write.py",
+        "traced/write.py",
         "weight, bias, ones, [0] * (rank - 2), ones, channels)",
         "weight, bias, ones, [0] * (rank - 2), ones, 1)",
     ),
-    Mutation("fx_write.py", "if op.shift.any() else None", "if op.scale.any() else None"),
+    Mutation("traced/write.py", "if op.shift.any() else None", "if op.scale.any() else None"),
     Mutation(
-        "bake.py",
+        "traced/bake.py",
         '        elif node.op == "call_function" and all(',
         '        elif node.op == "call_function" and any(',
     ),

@@ -8,7 +8,7 @@ from torch import nn
 from lowprec.export.folding import fold, fold_onnx
 from lowprec.export.folding.gauges.balance import in_trouble
 from lowprec.export.folding.graph import Affine, Graph, Linear, Node
-from lowprec.export.folding.quiet import quiet_exporter
+from lowprec.export.folding.traced.quiet import quiet_exporter
 from lowprec.formats import FP16
 
 

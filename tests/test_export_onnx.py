@@ -19,7 +19,7 @@ from test_verify import WITHOUT_TORCH
 from lowprec.artifacts import sha256_of
 from lowprec.export import export, verify
 from lowprec.export.folding import fold, fold_onnx
-from lowprec.export.folding.quiet import quiet_exporter
+from lowprec.export.folding.traced.quiet import quiet_exporter
 
 # The page needs jinja2, which is a dependency; everything else may be absent.
 WITHOUT_TORCH = WITHOUT_TORCH.replace('"jinja2", ', "")

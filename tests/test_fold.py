@@ -21,10 +21,10 @@ from torch import nn
 from lowprec.affine import ChannelAffine
 from lowprec.errors import FoldError, UnsupportedError
 from lowprec.export.folding import RULES, FoldedModule, fold, fold_traced, trace
-from lowprec.export.folding.apply import fold_with_rules
 from lowprec.export.folding.graph import Affine
 from lowprec.export.folding.rules.affine_after_linear import AFFINE_AFTER_LINEAR
 from lowprec.export.folding.rules.rule import LocalRule
+from lowprec.export.folding.traced.apply import fold_with_rules
 from lowprec.norm import NORMS, inference_affine
 
 EVERY_CASE = [

@@ -8,10 +8,10 @@ from onnx_cases import ALL, CASES, make, model_of, norm, normed, some
 
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.folding import RULES, fold_onnx
-from lowprec.export.folding.onnx_moves import MOVES
-from lowprec.export.folding.onnx_operators import OPERATIONS
-from lowprec.export.folding.onnx_read import read_onnx
-from lowprec.export.folding.onnx_write import write_onnx
+from lowprec.export.folding.from_onnx.moves import MOVES
+from lowprec.export.folding.from_onnx.operators import OPERATIONS
+from lowprec.export.folding.from_onnx.read import read_onnx
+from lowprec.export.folding.from_onnx.write import write_onnx
 
 # Graphs of at most 200 products per output element and 5 layers: n * u * condition, with a wide margin for the
 # condition of random weights, and still seven orders below any mistake in a fold.

@@ -20,8 +20,8 @@ from random_networks import KINDS, NORM_LAYERS, TINY, Program, draw_program, sam
 
 from lowprec.export.folding import RULES, fold_traced, trace
 from lowprec.export.folding.accuracy import MAX_FLOAT32_RATIO, Measured
-from lowprec.export.folding.apply import fold_with_rules
 from lowprec.export.folding.attempts import Attempt
+from lowprec.export.folding.traced.apply import fold_with_rules
 
 EXAMPLES = int(os.environ.get("LOWPREC_FOLD_EXAMPLES", "200"))
 

@@ -10,8 +10,8 @@ from test_fold_onnx import CONSTANTS, CONV_NORM, FLOAT32, FLOAT64, IMAGE, exact,
 from lowprec.errors import ArtifactError, DataError, UnsupportedError
 from lowprec.export.backends.ort import OnnxRuntime
 from lowprec.export.folding import fold_onnx
+from lowprec.export.folding.from_onnx.read import read_onnx
 from lowprec.export.folding.graph import Linear
-from lowprec.export.folding.onnx_read import read_onnx
 from lowprec.export.onnx_files import load_onnx
 
 

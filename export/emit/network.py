@@ -16,8 +16,8 @@ from torch import Tensor
 
 import lowprec
 from lowprec.errors import UnsupportedError
-from lowprec.export.folding.module import FoldedModule
-from lowprec.export.folding.quiet import quiet_exporter
+from lowprec.export.folding.traced.module import FoldedModule
+from lowprec.export.folding.traced.quiet import quiet_exporter
 from lowprec.export.onnx_files import MODULE_PATH, module_path
 
 # The newest opset that torch.onnx writes by itself; IR 10 is the version that belongs to opsets 21 to 22, the newest

@@ -3,7 +3,7 @@
 `trace` gives the truth, `fold_traced` works on it, `fold` is both; `fold_onnx` does the same with an ONNX model, where
 torch may be absent. To add a rule: a file in `rules/` that works on the neutral graph, one line in `RULES`, and rows in
 the tests' case table, refusals included. To let scales and shifts pass an operation that is opaque so far: one line in
-`OPERATIONS` of `fx_read.py` and one in that of `onnx_operators.py`.
+`OPERATIONS` of `traced/read.py` and one in that of `from_onnx/operators.py`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from lowprec.report import ChangeReport
 if TYPE_CHECKING:
     from torch import nn
 
-    from lowprec.export.folding.module import FoldedModule
-    from lowprec.export.folding.onnx_fold import fold_onnx
-    from lowprec.export.folding.tracing import Traced, trace
+    from lowprec.export.folding.from_onnx.fold import fold_onnx
+    from lowprec.export.folding.traced.module import FoldedModule
+    from lowprec.export.folding.traced.tracing import Traced, trace
 
 __all__ = ["RULES", "FoldedModule", "Rule", "Traced", "fold", "fold_onnx", "fold_traced", "trace"]
 
 # The rules and what folds ONNX models need no torch, so what does resolves on first use.
 _HOME = {
-    "FoldedModule": "lowprec.export.folding.module",
-    "Traced": "lowprec.export.folding.tracing",
-    "fold_onnx": "lowprec.export.folding.onnx_fold",
-    "trace": "lowprec.export.folding.tracing",
+    "FoldedModule": "lowprec.export.folding.traced.module",
+    "Traced": "lowprec.export.folding.traced.tracing",
+    "fold_onnx": "lowprec.export.folding.from_onnx.fold",
+    "trace": "lowprec.export.folding.traced.tracing",
 }
 
 # In order of application; each goes over the whole graph, and a change sends the graph back to the first. What no local
@@ -65,7 +65,7 @@ def fold_traced(traced: Traced) -> tuple[FoldedModule, ChangeReport]:
     Raises:
         FoldError: the folded network is not the same function in float64, which is a defect of this library.
     """
-    from lowprec.export.folding.apply import fold_with_rules
+    from lowprec.export.folding.traced.apply import fold_with_rules
 
     return fold_with_rules(traced, RULES.values())
 
@@ -83,7 +83,7 @@ def fold(
     Raises:
         FoldError: the network is in training mode or cannot be traced.
     """
-    from lowprec.export.folding.tracing import trace
+    from lowprec.export.folding.traced.tracing import trace
 
     return fold_traced(trace(model, example_inputs, dynamic_shapes))
 

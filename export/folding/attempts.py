@@ -22,7 +22,7 @@ from lowprec.formats import FP16, FloatFormat
 from lowprec.report import ChangeReport
 
 if TYPE_CHECKING:
-    from lowprec.export.folding.program import NormLayer
+    from lowprec.export.folding.traced.program import NormLayer
 
 T = TypeVar("T")
 

@@ -1,8 +1,8 @@
 """The neutral graph that fold rules read and edit.
 
 Rules know of an operation what it lets a per-channel scale and shift do, and who reads whose output. They never see
-torch.fx or ONNX; an adapter reads such a graph into these nodes and writes the edits back (`fx_read.py`, `onnx_read.py`
-and their partners). The obvious alternative, matching patterns on torch.fx itself, ties every rule to the spelling of
+torch.fx or ONNX; an adapter reads such a graph into these nodes and writes the edits back (`traced/`,
+`from_onnx/`). The obvious alternative, matching patterns on torch.fx itself, ties every rule to the spelling of
 one exporter and would have to be written again for ONNX files.
 
 A node of which nothing is known is `Opaque`: nothing is assumed about it, so nothing is moved across it.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lowprec.export.folding.program import Program, operator_name, path_of
+from lowprec.export.folding.traced.program import Program, operator_name, path_of
 
 # The arguments of a linear operation that get the plain names of a layer's own tensors.
 _LAYER_TENSORS = {1: "weight", 2: "bias"}

@@ -16,7 +16,6 @@ from torch import Tensor, fx
 
 from lowprec.affine import ChannelAffine
 from lowprec.export.folding.algebra import Array, LinearKind, Window, squeezed
-from lowprec.export.folding.fx_moves import MOVES, read_move
 from lowprec.export.folding.graph import (
     Affine,
     Attention,
@@ -32,7 +31,8 @@ from lowprec.export.folding.graph import (
     Through,
     ZeroPad,
 )
-from lowprec.export.folding.program import CALL, Program, arguments_by_name, is_float, operator_name, path_of
+from lowprec.export.folding.traced.moves import MOVES, read_move
+from lowprec.export.folding.traced.program import CALL, Program, arguments_by_name, is_float, operator_name, path_of
 
 RUNNING_NORMS = ("batch_norm", "instance_norm")
 _SAMPLE_NORMS = (
@@ -327,7 +327,7 @@ def _window_axes(node: fx.Node) -> tuple[int, ...]:
     return tuple(range(_rank(node) - int(operator_name(node)[-2]), _rank(node)))
 
 
-# Everything that is known about operations that compute something; those that move elements are in fx_moves.py.
+# Everything that is known about operations that compute something; those that move elements are in moves.py.
 OPERATIONS: dict[str, Reader] = {
     **{f"conv{axes}d": _read_linear("conv") for axes in (1, 2, 3)},
     **{f"conv_transpose{axes}d": _read_linear("conv_transpose") for axes in (1, 2, 3)},

@@ -9,15 +9,15 @@ import torch
 
 from lowprec.export.folding.accuracy import Measured, Run, Truth, refuse_wrong
 from lowprec.export.folding.attempts import Attempt, balance_graph, best_attempt, fold_graph, report_baked
-from lowprec.export.folding.bake import bake_constants
-from lowprec.export.folding.fx_read import read_graph
-from lowprec.export.folding.fx_write import write_graph
 from lowprec.export.folding.gauges.balance import leaves_range
-from lowprec.export.folding.measure import check_inputs, run_of, tensor_sizes, visit_tensors
-from lowprec.export.folding.module import FoldedModule
-from lowprec.export.folding.program import Program
 from lowprec.export.folding.rules.rule import Rule
-from lowprec.export.folding.tracing import Traced
+from lowprec.export.folding.traced.bake import bake_constants
+from lowprec.export.folding.traced.measure import check_inputs, run_of, tensor_sizes, visit_tensors
+from lowprec.export.folding.traced.module import FoldedModule
+from lowprec.export.folding.traced.program import Program
+from lowprec.export.folding.traced.read import read_graph
+from lowprec.export.folding.traced.tracing import Traced
+from lowprec.export.folding.traced.write import write_graph
 from lowprec.formats import FP16
 from lowprec.report import ChangeReport
 

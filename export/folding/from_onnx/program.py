@@ -22,9 +22,9 @@ from lowprec.export.emit.rounding import FORMAT_OF, stored_tensor
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.float64.widening import RANDOM_OPS, WIDENED, widened
 from lowprec.export.folding.algebra import Array
-from lowprec.export.folding.onnx_edits import attributes_of, live_nodes, names_read, rename_reads
-from lowprec.export.folding.onnx_feeds import Feeds, run_on_example
-from lowprec.export.folding.onnx_shapes import infer_shapes
+from lowprec.export.folding.from_onnx.edits import attributes_of, live_nodes, names_read, rename_reads
+from lowprec.export.folding.from_onnx.feeds import Feeds, run_on_example
+from lowprec.export.folding.from_onnx.shapes import infer_shapes
 from lowprec.export.onnx_files import check_sorted, nested_graphs
 
 Shape = tuple[int | None, ...]

@@ -17,6 +17,8 @@ from onnx import TensorProto
 from lowprec.affine import ChannelAffine
 from lowprec.export.float64.operators import resolve_pads
 from lowprec.export.folding.algebra import Array, Window
+from lowprec.export.folding.from_onnx.moves import handed_over
+from lowprec.export.folding.from_onnx.program import OnnxProgram
 from lowprec.export.folding.graph import (
     Affine,
     Linear,
@@ -29,8 +31,6 @@ from lowprec.export.folding.graph import (
     Through,
     ZeroPad,
 )
-from lowprec.export.folding.onnx_moves import handed_over
-from lowprec.export.folding.onnx_program import OnnxProgram
 
 RUNNING_NORMS = ("BatchNormalization",)
 _SAMPLE_NORMS = (

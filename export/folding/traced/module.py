@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowprec.errors import UnsupportedError
-from lowprec.export.folding.interface import Interface
-from lowprec.export.folding.program import PATH, Program
+from lowprec.export.folding.traced.interface import Interface
+from lowprec.export.folding.traced.program import PATH, Program
 
 
 class FoldedModule(nn.Module):

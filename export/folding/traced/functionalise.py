@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from lowprec.errors import FoldError
-from lowprec.export.folding.program import Program, operator_name, place
+from lowprec.export.folding.traced.program import Program, operator_name, place
 
 # In-place operations on what autograd knows about a tensor, not on its values.
 _VALUE_KEEPING = ("detach_", "requires_grad_")

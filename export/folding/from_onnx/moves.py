@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
+from lowprec.export.folding.from_onnx.edits import attributes_of
+from lowprec.export.folding.from_onnx.program import OnnxProgram, Shape
 from lowprec.export.folding.graph import Labels, Movement, Op, Opaque
-from lowprec.export.folding.onnx_edits import attributes_of
-from lowprec.export.folding.onnx_program import OnnxProgram, Shape
 
 # Operators whose first input is moved, as the others say.
 _MOVES_FIRST = frozenset(

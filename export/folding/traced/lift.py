@@ -9,8 +9,8 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind, OutputKind
 
 from lowprec.errors import FoldError
-from lowprec.export.folding.functionalise import functionalise
-from lowprec.export.folding.program import (
+from lowprec.export.folding.traced.functionalise import functionalise
+from lowprec.export.folding.traced.program import (
     CALL,
     PATH,
     NormLayer,

@@ -23,12 +23,12 @@ from lowprec.export.float64.widening import widened
 from lowprec.export.folding import RULES
 from lowprec.export.folding.accuracy import Arrays, Run, Truth, refuse_wrong, rms
 from lowprec.export.folding.attempts import Attempt, balance_graph, best_attempt, fold_graph, report_baked
+from lowprec.export.folding.from_onnx.assembly import baked_operations
+from lowprec.export.folding.from_onnx.feeds import Feeds, batches_to_measure
+from lowprec.export.folding.from_onnx.program import OnnxProgram, read_program
+from lowprec.export.folding.from_onnx.read import OnnxGraph, view_of
+from lowprec.export.folding.from_onnx.write import write_onnx
 from lowprec.export.folding.gauges.balance import leaves_range
-from lowprec.export.folding.onnx_assembly import baked_operations
-from lowprec.export.folding.onnx_feeds import Feeds, batches_to_measure
-from lowprec.export.folding.onnx_program import OnnxProgram, read_program
-from lowprec.export.folding.onnx_read import OnnxGraph, view_of
-from lowprec.export.folding.onnx_write import write_onnx
 from lowprec.export.folding.rules.rule import Rule
 from lowprec.formats import FP16
 from lowprec.report import ChangeReport

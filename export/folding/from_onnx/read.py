@@ -1,6 +1,6 @@
 """Reads ONNX models into the neutral graph: which node is which, and who reads whose values.
 
-What is known of each operator is in `onnx_operators` and `onnx_moves`. A value that several nodes share is one node
+What is known of each operator is in `operators` and `moves`. A value that several nodes share is one node
 here too; a node with several results gets one more node for each, as torch's traces have them.
 """
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 import onnx
 
+from lowprec.export.folding.from_onnx.edits import attributes_of, names_read
+from lowprec.export.folding.from_onnx.feeds import Feeds
+from lowprec.export.folding.from_onnx.moves import MOVES, handed_over, part_of, read_move
+from lowprec.export.folding.from_onnx.operators import OPERATIONS, RUNNING_NORMS, Call, read_biased_product
+from lowprec.export.folding.from_onnx.program import SHAPE_READERS, OnnxProgram, hands_over, read_program
 from lowprec.export.folding.graph import Affine, Graph, LiveNorm, MatrixProduct, Node, Op, Opaque, Product, Sum
-from lowprec.export.folding.onnx_edits import attributes_of, names_read
-from lowprec.export.folding.onnx_feeds import Feeds
-from lowprec.export.folding.onnx_moves import MOVES, handed_over, part_of, read_move
-from lowprec.export.folding.onnx_operators import OPERATIONS, RUNNING_NORMS, Call, read_biased_product
-from lowprec.export.folding.onnx_program import SHAPE_READERS, OnnxProgram, hands_over, read_program
 from lowprec.export.onnx_files import module_path
 
 

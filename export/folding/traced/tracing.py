@@ -18,14 +18,14 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from lowprec.errors import FoldError, UnsupportedError
-from lowprec.export.folding.declared import declared_affines, with_affines
-from lowprec.export.folding.examples import Examples, prepare_examples
-from lowprec.export.folding.interface import Interface
-from lowprec.export.folding.lift import lift_program
-from lowprec.export.folding.module import FoldedModule
-from lowprec.export.folding.program import NormLayer, Program
-from lowprec.export.folding.quiet import quiet_exporter
-from lowprec.export.folding.reasons import reason_from_failure
+from lowprec.export.folding.traced.declared import declared_affines, with_affines
+from lowprec.export.folding.traced.examples import Examples, prepare_examples
+from lowprec.export.folding.traced.interface import Interface
+from lowprec.export.folding.traced.lift import lift_program
+from lowprec.export.folding.traced.module import FoldedModule
+from lowprec.export.folding.traced.program import NormLayer, Program
+from lowprec.export.folding.traced.quiet import quiet_exporter
+from lowprec.export.folding.traced.reasons import reason_from_failure
 from lowprec.kernels import without_kernels
 from lowprec.norm import is_norm
 from lowprec.precision import without_half_hooks

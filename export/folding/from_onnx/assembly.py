@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from lowprec.export.emit.rounding import FORMAT_OF, stored_tensor
-from lowprec.export.folding.onnx_edits import live_nodes, names_read, names_within, rename_reads, rename_results
-from lowprec.export.folding.onnx_program import OnnxProgram
+from lowprec.export.folding.from_onnx.edits import live_nodes, names_read, names_within, rename_reads, rename_results
+from lowprec.export.folding.from_onnx.program import OnnxProgram
 from lowprec.export.onnx_files import module_path
 
 # A constant stays computed where it holds more numbers than all that it is computed from, unless it is small anyway.

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from lowprec.export.folding.algebra import Array
-from lowprec.export.folding.fx_read import RUNNING_NORMS, FxGraph
 from lowprec.export.folding.graph import Affine, Linear, Node
-from lowprec.export.folding.program import PATH, Program, arguments_by_name, operator_name, path_of
+from lowprec.export.folding.traced.program import PATH, Program, arguments_by_name, operator_name, path_of
+from lowprec.export.folding.traced.read import RUNNING_NORMS, FxGraph
 
 _CONVOLUTIONS = {3: torch.ops.aten.conv1d, 4: torch.ops.aten.conv2d, 5: torch.ops.aten.conv3d}
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from lowprec.export.folding.accuracy import Arrays, Run, rms, samples_to_measure
-from lowprec.export.folding.interface import Interface
-from lowprec.export.folding.program import Program
+from lowprec.export.folding.traced.interface import Interface
+from lowprec.export.folding.traced.program import Program
 
 
 def run_of(program: Program, dtype: torch.dtype) -> Run:

@@ -12,10 +12,10 @@ import onnx
 from onnx import TensorProto, helper
 
 from lowprec.export.folding.algebra import Array
+from lowprec.export.folding.from_onnx.assembly import Fresh, assemble
+from lowprec.export.folding.from_onnx.operators import RUNNING_NORMS
+from lowprec.export.folding.from_onnx.read import OnnxGraph
 from lowprec.export.folding.graph import Affine, Linear, Node
-from lowprec.export.folding.onnx_assembly import Fresh, assemble
-from lowprec.export.folding.onnx_operators import RUNNING_NORMS
-from lowprec.export.folding.onnx_read import OnnxGraph
 
 # Gemm needs a bias before this opset.
 _GEMM_WITHOUT_BIAS = 11

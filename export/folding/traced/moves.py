@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from lowprec.export.folding.graph import Labels, Movement, Op, Opaque
-from lowprec.export.folding.program import Program, operator_name
+from lowprec.export.folding.traced.program import Program, operator_name
 
 MOVES = frozenset(
     {"getitem", "cat", "concat", "concatenate"}
