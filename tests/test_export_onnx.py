@@ -233,11 +233,11 @@ def test_files_and_data_that_cannot_be_used(folder, command):
 
 def test_a_wrong_fold_is_found(monkeypatch):
     from lowprec.errors import FoldError
-    from lowprec.export.folding import onnx_write
+    from lowprec.export.folding.from_onnx import write
 
-    plain = onnx_write._Writer._weight_and_bias
+    plain = write._Writer._weight_and_bias
     monkeypatch.setattr(
-        onnx_write._Writer, "_weight_and_bias", lambda self, old, weight, *rest: plain(self, old, weight * 1.01, *rest)
+        write._Writer, "_weight_and_bias", lambda self, old, weight, *rest: plain(self, old, weight * 1.01, *rest)
     )
     with pytest.raises(FoldError, match=r"internal: the folded network differs from the original by 0\.0"):
         fold_onnx(image_model())

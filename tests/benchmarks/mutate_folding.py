@@ -20,7 +20,14 @@ from pathlib import Path
 from tests.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parents[2]
-TESTS = ["tests/test_fold_algebra.py", "tests/test_fold.py", "tests/test_architectures.py", "tests/test_fold_random.py"]
+TESTS = [
+    "tests/test_fold_algebra.py",
+    "tests/test_fold.py",
+    "tests/test_read_onnx.py",
+    "tests/test_balance.py",
+    "tests/test_fold_random.py",
+    "tests/test_architectures.py",
+]
 IGNORED = shutil.ignore_patterns(".git", "*.pyc", "__pycache__", ".hypothesis", ".mypy_cache", ".ruff_cache", "build")
 
 
