@@ -16,12 +16,13 @@ import onnx
 
 from lowprec.artifacts import check_replaceable, new_folder, sha256_of, write_bytes, write_json, write_text
 from lowprec.data import Samples
-from lowprec.errors import ConfigError, MissingDependencyError
+from lowprec.errors import ConfigError
 from lowprec.export import bundle as layout
-from lowprec.export.backends import BACKENDS, BuildOptions, EngineBackend
+from lowprec.export.backends import BACKENDS, BuildOptions
 from lowprec.export.backends.base import Precision
 from lowprec.export.bundle import Bundle, is_bundle, open_bundle, provenance, write_manifest
 from lowprec.export.emit import convert_precision
+from lowprec.export.engines import ENGINE_TARGETS, build_engine, check_targets
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.folding.accuracy import MAX_FLOAT64_ERROR
 from lowprec.export.networks import Network, feeds_from, network_of
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 Progress = Callable[[int, int], None]
-
-ENGINE_TARGETS = {"tensorrt-rtx": "model.rtx.engine"}
-"""Engine file by target; the target's name is the name of the backend that builds it."""
 
 TARGETS = ("onnx", *ENGINE_TARGETS)
 DEFAULT_LIMITS = Limits()
@@ -134,10 +132,7 @@ def _plan(precision: str | Sequence[str], targets: Sequence[str]) -> _Plan:
         if name not in TARGETS:
             raise ConfigError(f"unknown target {name!r}; choose from {', '.join(TARGETS)}")
     engines = tuple(name for name in ENGINE_TARGETS if name in wanted)
-    for name in engines:
-        reason = BACKENDS[name].unavailable()
-        if reason:
-            raise MissingDependencyError(f"the target {name} was asked for and cannot be built here: {reason}")
+    check_targets(engines)
     precisions = tuple(name for name in layout.ONNX_BY_PRECISION if name == "fp32" or name in asked)
     return _Plan(precisions, engines)
 
@@ -156,19 +151,8 @@ def _write_models(work: Path, models: dict[Precision, onnx.ModelProto], plan: _P
         write_bytes(work / name, model.SerializeToString(deterministic=True))
         artefacts.append(Artefact(name, work / name, precision))
     narrowest, source = plan.precisions[-1], artefacts[-1]
-    for target in plan.engines:
-        engine = work / ENGINE_TARGETS[target]
-        sidecar = _builder(target).build(source.path, engine, BuildOptions(precision=narrowest))
-        bound = {"precision": narrowest, "source": source.name, "source_sha256": sha256_of(source.path)}
-        write_json(work / f"{engine.name}.json", sidecar | bound)
-        artefacts.append(Artefact(engine.name, engine, narrowest))
+    artefacts += [build_engine(target, source, BuildOptions(precision=narrowest)) for target in plan.engines]
     return artefacts
-
-
-def _builder(target: str) -> EngineBackend:
-    backend = BACKENDS[target]
-    assert isinstance(backend, EngineBackend), f"ENGINE_TARGETS names {target}, which builds nothing"
-    return backend
 
 
 def _fold_stage(network: Network, report: ChangeReport) -> Stage:

@@ -28,20 +28,20 @@ MUTATIONS = [
     # The algebra: signs, axes, groups.
     Mutation(
         "algebra.py",
-        "np.asarray(weight_OIK, np.float64) * column_OIK",
-        "np.asarray(weight_OIK, np.float64) / column_OIK",
+        "scaled(weight_OIK, affine_O.scale.reshape(-1, 1))",
+        "scaled(weight_OIK, 1 / affine_O.scale.reshape(-1, 1))",
     ),
     Mutation("algebra.py", "* affine_O.scale + affine_O.shift\n", "* affine_O.scale - affine_O.shift\n"),
     Mutation("algebra.py", "np.asarray(bias_O, np.float64) * affine_O.scale", "np.asarray(bias_O, np.float64)"),
     Mutation(
         "algebra.py",
-        "affine_O.scale.reshape(groups, 1, per_group, 1)",
-        "affine_O.scale.reshape(per_group, groups, 1).T.reshape(groups, 1, per_group, 1)",
+        "_per_row(affine_O.scale.reshape(groups, 1, -1), weight_CMK.shape[0])",
+        "_per_row(affine_O.scale.reshape(-1, groups).T.reshape(groups, 1, -1), weight_CMK.shape[0])",
     ),
     Mutation(
         "algebra.py",
-        "return np.asarray(weight, np.float64) * affine_O.scale + affine_O.shift, None",
-        "return np.asarray(weight, np.float64) * affine_O.scale, None",
+        "return np.asarray(table) + affine_O.shift if affine_O.shift.any() else table, None",
+        "return table, None",
     ),
     Mutation("algebra.py", "else (groups, -1, 1, 1)", "else (groups, 1, -1, 1)"),
     Mutation(
@@ -76,9 +76,7 @@ MUTATIONS = [
     Mutation("traced/read.py", "constant is None or (divides and position == 0)", "constant is None"),
     Mutation("traced/read.py", "return Affine(-one, 0 * one)", "return Affine(one, 0 * one)"),
     Mutation("traced/read.py", 'if padding == "same":', 'if padding == "never":'),
-    Mutation(
-        "traced/read.py", "_stored(weight).T, None, 1, _rank(node) - 1)", "_stored(weight), None, 1, _rank(node) - 1)"
-    ),
+    Mutation("traced/read.py", "np.asarray(weight).T, None, 1, _rank", "np.asarray(weight), None, 1, _rank"),
     Mutation("traced/read.py", "same and constant.ndim <= _rank(node)", "constant.ndim <= _rank(node)"),
     Mutation(
         "traced/read.py",

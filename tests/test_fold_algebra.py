@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowprec.affine import ChannelAffine
-from lowprec.export.folding.algebra import fold_affine, output_channels
+from lowprec.export.folding import algebra
+from lowprec.export.folding.algebra import channel_magnitudes, fold_affine, output_channels, scaled, unfold_input
 
 EPS = np.finfo(np.float64).eps
 
@@ -64,7 +65,7 @@ def test_folded_convolution_equals_convolution_then_affine(case, kind):
     folded_weight, folded_bias = fold_affine(kind, weight, bias, affine, groups)
 
     expected = reference.affine(run(x, weight, bias, **geometry), affine.scale, affine.shift)
-    found = run(x, folded_weight, folded_bias, **geometry)
+    found = run(x, np.asarray(folded_weight), folded_bias, **geometry)
     magnitude = reference.affine(
         run(abs(x), abs(weight), None if bias is None else abs(bias), **geometry),
         abs(affine.scale),
@@ -88,7 +89,7 @@ def test_folded_linear_equals_linear_then_affine(channels, outputs, has_bias, se
     magnitude = reference.affine(
         reference.linear(abs(x), abs(weight), None if bias is None else abs(bias)), abs(affine.scale), abs(affine.shift)
     )
-    found = reference.linear(x, folded_weight, folded_bias)
+    found = reference.linear(x, np.asarray(folded_weight), folded_bias)
     assert np.all(abs(found - expected) <= _tolerance(channels + 1, magnitude))
 
 
@@ -100,8 +101,8 @@ def test_arguments_stay_and_half_weights_are_folded_in_float64(kind):
 
     folded_weight, folded_bias = fold_affine(kind, weight, bias, affine)
 
-    assert folded_weight.dtype == folded_bias.dtype == np.float64
-    assert np.isfinite(folded_weight).all()  # 1e6 / 3 would be infinite in half
+    assert np.asarray(folded_weight).dtype == folded_bias.dtype == np.float64
+    assert np.isfinite(np.asarray(folded_weight)).all()  # 1e6 / 3 would be infinite in half
     assert (weight == np.float16(1 / 3)).all()
     assert (bias == 1).all()
 
@@ -111,4 +112,48 @@ def test_grouped_transposed_weight_takes_each_scale_in_its_own_group():
 
     folded, _ = fold_affine("conv_transpose", weight, None, ChannelAffine(np.arange(1.0, 5.0), np.zeros(4)), groups=2)
 
-    assert folded[:, :, 0].tolist() == [[1, 2], [1, 2], [3, 4], [3, 4]]
+    assert np.asarray(folded)[:, :, 0].tolist() == [[1, 2], [1, 2], [3, 4], [3, 4]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(conv_cases(), st.sampled_from(["conv", "conv_transpose"]), st.integers(1, 60))
+def test_a_weight_that_is_not_multiplied_out_rounds_once_and_block_by_block(case, kind, block):
+    rng = np.random.default_rng(case["seed"])
+    groups, channels, outputs = case["groups"], case["channels"], case["outputs"]
+    first, second = (outputs, channels // groups) if kind == "conv" else (channels, outputs // groups)
+    weight = rng.normal(size=(first, second, *case["kernel"])).astype(np.float32)
+    before, after = _affine(rng, channels), _affine(rng, outputs)
+
+    folded, _ = unfold_input(kind, weight, None, before, groups)
+    folded, _ = fold_affine(kind, folded, None, after, groups)
+
+    per_group = {"in": channels // groups, "out": outputs // groups}
+    expected = np.zeros(weight.shape)
+    for index in np.ndindex(*weight.shape):
+        if kind == "conv":
+            out, into = index[0], index[0] // per_group["out"] * per_group["in"] + index[1]
+        else:
+            out, into = index[0] // per_group["in"] * per_group["out"] + index[1], index[0]
+        expected[index] = float(weight[index]) * before.scale[into] * after.scale[out]
+    old, algebra._BLOCK = algebra._BLOCK, block
+    try:
+        rounded = folded.rounded(np.float32)
+    finally:
+        algebra._BLOCK = old
+    # Two products on either side, in another order.
+    assert np.all(abs(np.asarray(folded) - expected) <= 4 * EPS * abs(expected))
+    assert np.array_equal(rounded, np.asarray(folded).astype(np.float32))
+    rows, columns = channel_magnitudes(kind, folded, groups)
+    by_rows, by_columns = channel_magnitudes(kind, np.asarray(folded), groups)
+    assert np.allclose(rows, by_rows, rtol=4 * EPS, atol=0)
+    assert np.allclose(columns, by_columns, rtol=4 * EPS, atol=0)
+
+
+def test_factors_add_up_and_the_stored_weight_stays():
+    weight = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+    twice = scaled(scaled(weight, np.array([[2.0], [3.0]])), np.array([[5.0], [7.0]]))
+
+    assert len(twice.factors) == 1
+    assert np.asarray(twice).tolist() == [[0, 10, 20], [63, 84, 105]]
+    assert weight.tolist() == [[0, 1, 2], [3, 4, 5]]

@@ -13,16 +13,86 @@ passes any padding of zeros, a shift only a window that reads none.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from lowprec.affine import ChannelAffine
 
 Array = NDArray[np.float64]
 LinearKind = Literal["conv", "conv_transpose", "linear", "embedding"]
+
+_BLOCK = 1 << 22
+"""Elements that are rounded at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """A weight with factors that are multiplied in where it is read: float64 copies of all weights would be most of
+    the memory that a fold takes.
+
+    Args:
+        stored: in any floating type; at least two axes.
+        factors: float64, each of two axes that broadcast against the weight's first two.
+    """
+
+    stored: NDArray[Any]
+    factors: tuple[Array, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.stored.shape
+
+    @property
+    def ndim(self) -> int:
+        """Of the weight."""
+        return self.stored.ndim
+
+    def times(self, factor: Array) -> Scaled:
+        """The weight with one more factor; factors of one shape are kept as their product."""
+        for index, known in enumerate(self.factors):
+            if known.shape == factor.shape:
+                return Scaled(self.stored, (*self.factors[:index], known * factor, *self.factors[index + 1 :]))
+        return Scaled(self.stored, (*self.factors, factor))
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        return self._rows(slice(None)).astype(dtype or np.float64, copy=False)
+
+    def rounded(self, dtype: DTypeLike) -> NDArray[Any]:
+        """The weight rounded once, with no float64 copy of all of it."""
+        result = np.empty(self.shape, dtype)
+        step = max(1, _BLOCK // max(1, math.prod(self.shape[1:])))
+        with np.errstate(over="ignore"):
+            for start in range(0, len(result), step):
+                result[start : start + step] = self._rows(slice(start, start + step))
+        return result
+
+    def largest(self) -> Array:
+        """Largest absolute weight of every window, of the first two axes' lengths."""
+        found: Array = np.abs(self.stored).reshape(*self.shape[:2], -1).max(2).astype(np.float64)
+        for factor in self.factors:
+            found *= np.abs(factor)
+        return found
+
+    def _rows(self, rows: slice) -> Array:
+        block = np.array(self.stored[rows], np.float64, order="C")
+        for factor in self.factors:
+            part = factor if len(factor) == 1 else factor[rows]
+            block *= part.reshape(part.shape + (1,) * (self.ndim - 2))
+        return block
+
+
+Stored = NDArray[Any] | Scaled
+"""A weight as it is held: in any floating type, or not yet multiplied out. `numpy.asarray` reads both."""
+
+
+def scaled(weight: Stored, factor: Array) -> Scaled:
+    """weight * factor, to be multiplied out where it is read."""
+    return (weight if isinstance(weight, Scaled) else Scaled(weight, ())).times(factor)
 
 
 @dataclass(frozen=True)
@@ -52,7 +122,7 @@ class Window:
         return self.varies or any(map(any, self.padding))
 
 
-def fold_into_conv(weight_OIK: Array, bias_O: Array | None, affine_O: ChannelAffine) -> tuple[Array, Array]:
+def fold_into_conv(weight_OIK: Stored, bias_O: Array | None, affine_O: ChannelAffine) -> tuple[Stored, Array]:
     """Constants of `affine(conv(x))` as one convolution: W'[o] = a[o] * W[o], b'[o] = a[o] * b[o] + c[o].
 
     Groups, depthwise included, need no case: the first axis of the weight lists all output channels.
@@ -67,11 +137,10 @@ def fold_into_conv(weight_OIK: Array, bias_O: Array | None, affine_O: ChannelAff
 
     Source: Jacob et al., CVPR 2018, eq. 14.
     """
-    column_OIK = affine_O.scale.reshape(-1, *(1,) * (weight_OIK.ndim - 1))
-    return np.asarray(weight_OIK, np.float64) * column_OIK, _fold_bias(bias_O, affine_O)
+    return scaled(weight_OIK, affine_O.scale.reshape(-1, 1)), _fold_bias(bias_O, affine_O)
 
 
-def fold_into_linear(weight_OC: Array, bias_O: Array | None, affine_O: ChannelAffine) -> tuple[Array, Array]:
+def fold_into_linear(weight_OC: Stored, bias_O: Array | None, affine_O: ChannelAffine) -> tuple[Stored, Array]:
     """Constants of `affine(x @ W.T + b)`, channels last: W'[o] = a[o] * W[o], b'[o] = a[o] * b[o] + c[o].
 
     Args:
@@ -83,8 +152,8 @@ def fold_into_linear(weight_OC: Array, bias_O: Array | None, affine_O: ChannelAf
 
 
 def fold_into_conv_transpose(
-    weight_CMK: Array, bias_O: Array | None, affine_O: ChannelAffine, groups: int
-) -> tuple[Array, Array]:
+    weight_CMK: Stored, bias_O: Array | None, affine_O: ChannelAffine, groups: int
+) -> tuple[Stored, Array]:
     """Constants of `affine(conv_transpose(x))`: W'[g*I+i, m] = a[g*M+m] * W[g*I+i, m].
 
     A transposed weight lists *input* channels first and holds only M = O / G output channels on its second axis, which
@@ -96,15 +165,13 @@ def fold_into_conv_transpose(
         affine_O: O = groups * M channels.
         groups: G.
     """
-    channels, per_group = weight_CMK.shape[:2]
-    weight_GIMK = np.asarray(weight_CMK, np.float64).reshape(groups, channels // groups, per_group, -1)
-    scale_GIMK = affine_O.scale.reshape(groups, 1, per_group, 1)
-    return (weight_GIMK * scale_GIMK).reshape(weight_CMK.shape), _fold_bias(bias_O, affine_O)
+    factor = _per_row(affine_O.scale.reshape(groups, 1, -1), weight_CMK.shape[0])
+    return scaled(weight_CMK, factor), _fold_bias(bias_O, affine_O)
 
 
 def fold_affine(
-    kind: LinearKind, weight: Array, bias_O: Array | None, affine_O: ChannelAffine, groups: int = 1
-) -> tuple[Array, Array | None]:
+    kind: LinearKind, weight: Stored, bias_O: Array | None, affine_O: ChannelAffine, groups: int = 1
+) -> tuple[Stored, Array | None]:
     """The fold for one kind of linear operation: dispatches to the functions above.
 
     An embedding's table (V, O) has no bias; its rows take scale and shift.
@@ -112,13 +179,14 @@ def fold_affine(
     if kind == "conv_transpose":
         return fold_into_conv_transpose(weight, bias_O, affine_O, groups)
     if kind == "embedding":
-        return np.asarray(weight, np.float64) * affine_O.scale + affine_O.shift, None
+        table = scaled(weight, affine_O.scale.reshape(1, -1))
+        return np.asarray(table) + affine_O.shift if affine_O.shift.any() else table, None
     return fold_into_conv(weight, bias_O, affine_O) if kind == "conv" else fold_into_linear(weight, bias_O, affine_O)
 
 
 def unfold_input(
-    kind: LinearKind, weight: Array, bias_O: Array | None, affine_C: ChannelAffine, groups: int = 1
-) -> tuple[Array, Array | None]:
+    kind: LinearKind, weight: Stored, bias_O: Array | None, affine_C: ChannelAffine, groups: int = 1
+) -> tuple[Stored, Array | None]:
     """Constants of `linear(affine(x))` as one linear operation: W'[o,c] = W[o,c] a[c], b'[o] = b[o] + sum W[o,c] t[c].
 
     Args:
@@ -128,22 +196,27 @@ def unfold_input(
         affine_C: C input channels; its shift must be zero where the window reads zero padding.
         groups: G.
     """
-    weight_GXYK = _by_group(kind, np.asarray(weight, np.float64), groups)
-    shape_G1I1 = (groups, 1, -1, 1) if kind != "conv_transpose" else (groups, -1, 1, 1)
-    result = (weight_GXYK * affine_C.scale.reshape(shape_G1I1)).reshape(weight.shape)
+    if kind == "conv_transpose":
+        factor = affine_C.scale.reshape(-1, 1)
+    else:
+        factor = _per_row(affine_C.scale.reshape(groups, 1, -1), weight.shape[0])
+    result = scaled(weight, factor)
     if not affine_C.shift.any():
         return result, bias_O
+    weight_GXYK = _by_group(kind, np.asarray(weight, np.float64), groups)
+    shape_G1I1 = (groups, 1, -1, 1) if kind != "conv_transpose" else (groups, -1, 1, 1)
     axis = 2 if kind != "conv_transpose" else 1
     added_O = (weight_GXYK * affine_C.shift.reshape(shape_G1I1)).sum((axis, 3)).reshape(-1)
     return result, added_O if bias_O is None else added_O + bias_O
 
 
-def channel_magnitudes(kind: LinearKind, weight: Array, groups: int = 1) -> tuple[Array, Array]:
+def channel_magnitudes(kind: LinearKind, weight: Stored, groups: int = 1) -> tuple[Array, Array]:
     """Largest absolute weight of each output channel (O,) and of each input channel (C,), which a table has not."""
+    largest = weight.largest() if isinstance(weight, Scaled) else Scaled(weight, ()).largest()
     if kind == "embedding":
-        return abs(weight).max(0), np.zeros(0)
-    weight_GXYK = abs(_by_group(kind, weight, groups)).max(3)
-    first, second = weight_GXYK.max(2).reshape(-1), weight_GXYK.max(1).reshape(-1)
+        return largest.max(0), np.zeros(0)
+    largest_GXY = largest.reshape(groups, -1, largest.shape[1])
+    first, second = largest_GXY.max(2).reshape(-1), largest_GXY.max(1).reshape(-1)
     return (second, first) if kind == "conv_transpose" else (first, second)
 
 
@@ -165,14 +238,14 @@ def widen_groups(weight_OIK: Array, groups: int, fewer: int) -> Array:
     return wide.reshape(outputs, ratio * per_group, *kernel)
 
 
-def output_channels(kind: LinearKind, weight: Array, groups: int = 1) -> int:
+def output_channels(kind: LinearKind, weight: Stored, groups: int = 1) -> int:
     """How many output channels O a linear operation has, read off its weight."""
     if kind == "embedding":
         return int(weight.shape[1])
     return int(weight.shape[1]) * groups if kind == "conv_transpose" else int(weight.shape[0])
 
 
-def input_channels(kind: LinearKind, weight: Array, groups: int = 1) -> int:
+def input_channels(kind: LinearKind, weight: Stored, groups: int = 1) -> int:
     """How many input channels C a linear operation has, read off its weight."""
     return int(weight.shape[0]) if kind == "conv_transpose" else int(weight.shape[1]) * groups
 
@@ -181,6 +254,13 @@ def _by_group(kind: LinearKind, weight: Array, groups: int) -> Array:
     """The weight as (G, M, I, K), or as (G, I, M, K) for a transposed convolution."""
     first, second = weight.shape[:2]
     return weight.reshape(groups, first // groups, second, -1)
+
+
+def _per_row(scale_G1I: Array, rows: int) -> Array:
+    """A group's factors for each of its rows, (rows, I); (1, I) for all rows where there is one group."""
+    groups, _, length = scale_G1I.shape
+    spread_GRI = np.broadcast_to(scale_G1I, (groups, 1 if groups == 1 else rows // groups, length))
+    return spread_GRI.reshape(-1, length)
 
 
 def _fold_bias(bias_O: Array | None, affine_O: ChannelAffine) -> Array:

@@ -13,13 +13,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lowprec.affine import ChannelAffine
-from lowprec.export.folding.algebra import Array, LinearKind, Window, output_channels
+from lowprec.export.folding.algebra import Array, LinearKind, Stored, Window, output_channels
 
 Labels = NDArray[np.int64]
 """Which gauge each channel of a tensor has: of the tensor's rank, length 1 along axes on which it does not vary."""
@@ -33,8 +32,7 @@ class Linear:
 
     Args:
         kind: which.
-        stored: the weight in any floating type, in torch's layout of that kind. Float64 copies of all weights would be
-            most of the memory that a fold takes, so one is made where it is computed with.
+        stored: the weight in torch's layout of that kind, in any floating type or not yet multiplied out.
         bias: (O,) float64, or None.
         groups: 1 for a linear layer.
         axis: which axis of the output holds the channels.
@@ -42,7 +40,7 @@ class Linear:
     """
 
     kind: LinearKind
-    stored: NDArray[Any]
+    stored: Stored
     bias: Array | None
     groups: int
     axis: int
@@ -58,7 +56,7 @@ class Linear:
         """Number of output channels."""
         return output_channels(self.kind, self.stored, self.groups)
 
-    def with_constants(self, weight: Array, bias: Array | None) -> Linear:
+    def with_constants(self, weight: Stored, bias: Array | None) -> Linear:
         """The same operation with another weight and bias."""
         return dataclasses.replace(self, stored=weight, bias=bias)
 

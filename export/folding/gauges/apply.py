@@ -30,16 +30,16 @@ def _apply_to_linear(graph: Graph, solution: Solution, node: Node, op: Linear) -
     before, after = solution.constraints.channel_labels(node)
     weight, bias = op.stored, op.bias
     if before is not None:
-        weight, bias = unfold_input(
-            op.kind, weight, bias, ChannelAffine(solution.scale(before), solution.shift(before)), op.groups
-        )
+        into = ChannelAffine(solution.scale(before), solution.shift(before))
+        if (into.scale != 1).any() or into.shift.any():
+            weight, bias = unfold_input(op.kind, weight, bias, into, op.groups)
     scale = 1 / solution.scale(after)
     shift = -solution.shift(after) * scale
     if (scale != 1).any() or shift.any():
         weight, bias = fold_affine(op.kind, weight, bias, ChannelAffine(scale, shift), op.groups)
         if op.bias is None and bias is not None and not bias.any():
             bias = None
-    if not np.array_equal(weight, op.stored) or bias is not op.bias:
+    if weight is not op.stored or bias is not op.bias:
         graph.replace(node, op.with_constants(weight, bias))
 
 

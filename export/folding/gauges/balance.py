@@ -183,7 +183,7 @@ class _Search:
             assert into is not None
             return Affine(op.scale * into * out, op.shift * out)
         assert isinstance(op, Linear)
-        weight, bias = op.weight, op.bias
+        weight, bias = op.stored, op.bias
         if into is not None:
             weight, _ = unfold_input(op.kind, weight, None, ChannelAffine(into, 0 * into), op.groups)
         weight, bias = fold_affine(op.kind, weight, bias, ChannelAffine(out, 0 * out), op.groups)

@@ -44,7 +44,7 @@ def _apply(graph: Graph, match: Match) -> str:
     linear = match.source.op
     assert isinstance(linear, Linear)
     affine = match.affine.per_channel(linear.channels)
-    weight, bias = fold_affine(linear.kind, linear.weight, linear.bias, affine, linear.groups)
+    weight, bias = fold_affine(linear.kind, linear.stored, linear.bias, affine, linear.groups)
     graph.replace(match.source, linear.with_constants(weight, bias))
     graph.bypass(match.node)
     return f"folded into '{match.source.label}'"

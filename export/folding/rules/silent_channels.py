@@ -72,7 +72,7 @@ def _silence(graph: Graph, constraints: Constraints, wish: Wish, maker: Node) ->
     if not rows.any():
         return 0
     keep = ChannelAffine.of(~rows, np.zeros(len(rows)))
-    weight, bias = fold_affine(op.kind, op.weight, op.bias, keep, op.groups)
+    weight, bias = fold_affine(op.kind, op.stored, op.bias, keep, op.groups)
     graph.replace(maker, op.with_constants(weight, None if op.bias is None else bias))
     moved = (affine.scale == 0) & np.isin(constraints.input_labels(wish.node), silent)
     graph.replace(wish.node, Affine(np.where(moved, 1.0, affine.scale), affine.shift))

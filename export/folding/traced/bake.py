@@ -31,7 +31,7 @@ def bake_constants(program: Program) -> dict[str, list[str]]:
     values: dict[fx.Node, Any] = {}
     for node in list(program.graph.nodes):
         if node.op == "get_attr":
-            values[node] = program.constants[str(node.target)]
+            values[node] = program.tensor(str(node.target))
         elif node.op == "call_function" and all(value in values for value in node.all_input_nodes):
             # An operation without any tensor input (`arange`) is a constant too; one that makes no tensor is not.
             result = _evaluate(node, values)

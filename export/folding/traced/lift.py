@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind, OutputKind
 
 from lowprec.errors import FoldError
+from lowprec.export.folding.algebra import Scaled
 from lowprec.export.folding.traced.functionalise import functionalise
 from lowprec.export.folding.traced.program import (
     CALL,
@@ -70,7 +71,7 @@ def _program_from_export(exported: torch.export.ExportedProgram) -> Program:
     """Placeholders of parameters become `get_attr`, placeholders of fixed arguments vanish, asserts stay behind."""
     signature = exported.graph_signature
     specs = {spec.arg.name: spec for spec in signature.input_specs}
-    graph, constants, copies = fx.Graph(), dict[str, Tensor](), dict[fx.Node, fx.Node]()
+    graph, constants, copies = fx.Graph(), dict[str, Tensor | Scaled](), dict[fx.Node, fx.Node]()
     for node in exported.graph.nodes:
         if node.op == "placeholder":
             spec = specs[node.name]

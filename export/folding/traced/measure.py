@@ -39,7 +39,7 @@ class _Runner(fx.Interpreter):
 
     def fetch_attr(self, target: str) -> Any:
         """A constant in the type that is computed in."""
-        return self._cast(self._program.constants[target])
+        return self._cast(self._program.tensor(target))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """An operation, where a floating type that it names is the one that is computed in."""

@@ -91,7 +91,8 @@ def _calls(network: fx.GraphModule) -> list[fx.Node]:
 def _graph_module(program: Program, dtype: torch.dtype, shares: bool) -> fx.GraphModule:
     """A GraphModule that owns its constants, in `dtype`, under names that are module paths."""
     root, narrower = nn.Module(), set()
-    for name, tensor in program.constants.items():
+    for name in program.constants:
+        tensor = program.tensor(name)
         if shares and tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize:
             narrower.add(name)
             value = tensor.contiguous()

@@ -12,8 +12,11 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
+
+from lowprec.export.folding.algebra import Scaled, Stored
 
 # What a constant's or an operation's place in the network is kept under, on fx nodes.
 PATH = "module_path"
@@ -38,13 +41,14 @@ class Program:
     Args:
         graph: placeholders (the tensor inputs, flat), `get_attr`, `call_function`, output (a flat tuple).
         constants: by name, float ones in any floating type; whoever computes with them does so in float64. They may be
-            the user's own parameters, so edits replace them and change none.
+            the user's own parameters, so edits replace them and change none. Folded weights are not multiplied out
+            before they are rounded.
         norms: the norm layers of the network by module path.
         wanted: the name that a constant should get when the names are settled, where it differs.
     """
 
     graph: fx.Graph
-    constants: dict[str, Tensor]
+    constants: dict[str, Tensor | Scaled]
     norms: dict[str, NormLayer] = field(default_factory=dict)
     wanted: dict[str, str] = field(default_factory=dict)
 
@@ -63,10 +67,22 @@ class Program:
     def constant(self, value: object) -> Tensor | None:
         """The tensor that an argument stands for, if it is a constant."""
         if isinstance(value, fx.Node) and value.op == "get_attr":
-            return self.constants[str(value.target)]
+            return self.tensor(str(value.target))
         return None
 
-    def add_constant(self, name: str, tensor: Tensor, before: fx.Node) -> fx.Node:
+    def tensor(self, name: str) -> Tensor:
+        """A constant by its name."""
+        value = self.constants[name]
+        return torch.from_numpy(np.asarray(value)) if isinstance(value, Scaled) else value
+
+    def stored(self, value: object) -> Stored | None:
+        """The constant that an argument stands for, as it is held and without a copy, if it is one."""
+        if not isinstance(value, fx.Node) or value.op != "get_attr":
+            return None
+        held = self.constants[str(value.target)]
+        return held if isinstance(held, Scaled) else held.detach().numpy()
+
+    def add_constant(self, name: str, tensor: Tensor | Scaled, before: fx.Node) -> fx.Node:
         """Adds a constant and its `get_attr` node just before another node; it gets `name` when names are settled."""
         unique = _unique(name, self.constants)
         self.constants[unique], self.wanted[unique] = tensor, name
@@ -78,9 +94,12 @@ class Program:
 
         One after the other, so that two copies of all are never held.
         """
-        foreign = {tensor.data_ptr() for tensor in others.constants.values()}
-        for name, tensor in list(self.constants.items()):
-            rounded = tensor.to(dtype) if is_float(tensor) else tensor
+        foreign = {value.data_ptr() for value in others.constants.values() if isinstance(value, Tensor)}
+        for name, value in list(self.constants.items()):
+            if isinstance(value, Scaled):
+                rounded = torch.from_numpy(value.rounded(str(dtype).removeprefix("torch.")))
+            else:
+                rounded = value.to(dtype) if is_float(value) else value
             self.constants[name] = rounded.clone() if rounded.data_ptr() in foreign else rounded
 
     def erase_dead(self) -> None:

@@ -122,13 +122,13 @@ def _operation(program: Program, node: fx.Node, sources: list[fx.Node]) -> Op:
 
 def _read_linear(kind: LinearKind) -> Reader:
     def read(program: Program, node: fx.Node, given: dict[str, Any]) -> Op:
-        weight, bias = program.constant(given["weight"]), program.constant(given.get("bias"))
+        weight, bias = program.stored(given["weight"]), program.constant(given.get("bias"))
         if weight is None or (bias is None and given.get("bias") is not None):
             return Opaque()
         window = None if kind == "linear" else _window(given, tuple(weight.shape[2:]))
         axis = _rank(node) - (1 if kind == "linear" else weight.ndim - 1)
         bias_O = None if bias is None else _numpy(bias)
-        return Linear(kind, _stored(weight), bias_O, int(given.get("groups", 1)), axis, window)
+        return Linear(kind, weight, bias_O, int(given.get("groups", 1)), axis, window)
 
     return read
 
@@ -154,10 +154,10 @@ def _read_matmul(program: Program, node: fx.Node, given: dict[str, Any]) -> Op:
     first, second, *_ = given.values()
     if all(is_float(value) and program.constant(value) is None and _rank(value) > 1 for value in (first, second)):
         return MatrixProduct(means=_is_softmax(first))
-    weight = program.constant(second)
+    weight = program.stored(second)
     if weight is None or weight.ndim != 2 or program.constant(first) is not None:
         return Opaque()
-    return Linear("linear", _stored(weight).T, None, 1, _rank(node) - 1)
+    return Linear("linear", np.asarray(weight).T, None, 1, _rank(node) - 1)
 
 
 def _is_softmax(node: fx.Node) -> bool:
@@ -171,8 +171,8 @@ def _read_attention(program: Program, node: fx.Node, given: dict[str, Any]) -> O
 
 
 def _read_embedding(program: Program, node: fx.Node, given: dict[str, Any]) -> Op:
-    table = program.constant(given["weight"])
-    return Opaque() if table is None else Linear("embedding", _stored(table), None, 1, _rank(node) - 1)
+    table = program.stored(given["weight"])
+    return Opaque() if table is None else Linear("embedding", table, None, 1, _rank(node) - 1)
 
 
 def _read_running_norm(program: Program, node: fx.Node, given: dict[str, Any]) -> Op:
@@ -367,11 +367,6 @@ def _holds_floats(node: fx.Node) -> bool:
     value = node.meta.get("val")
     values = value if isinstance(value, (list, tuple)) else [value]
     return any(isinstance(part, Tensor) and part.is_floating_point() for part in values)
-
-
-def _stored(tensor: Tensor) -> Array:
-    """A weight in the type that it has, without a copy: float64 copies of all weights would be most of the memory."""
-    return tensor.detach().numpy()
 
 
 def _numpy(tensor: Tensor) -> Array:

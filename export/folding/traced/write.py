@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from lowprec.export.folding.algebra import Array
+from lowprec.export.folding.algebra import Scaled, Stored
 from lowprec.export.folding.graph import Affine, Linear, Node
 from lowprec.export.folding.traced.program import PATH, Program, arguments_by_name, operator_name, path_of
 from lowprec.export.folding.traced.read import RUNNING_NORMS, FxGraph
@@ -104,6 +104,6 @@ def _call(program: Program, node: Node, old: fx.Node, target: Any, arguments: tu
     return fresh
 
 
-def _tensor(array: Array) -> torch.Tensor:
+def _tensor(array: Stored) -> torch.Tensor | Scaled:
     """The same memory where it can be, since weights are large and nobody writes to either."""
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    return array if isinstance(array, Scaled) else torch.from_numpy(np.require(array, requirements=["C", "W"]))
