@@ -43,6 +43,9 @@ MUTATIONS = [
         "return np.asarray(table) + affine_O.shift if affine_O.shift.any() else table, None",
         "return table, None",
     ),
+    Mutation("algebra.py", "part = factor if len(factor) == 1 else factor[rows]", "part = factor[: len(block)]"),
+    Mutation("algebra.py", "self.factors[:index], known * factor, *", "self.factors[:index], factor, *"),
+    Mutation("algebra.py", "found *= np.abs(factor)", "found *= factor"),
     Mutation("algebra.py", "else (groups, -1, 1, 1)", "else (groups, 1, -1, 1)"),
     Mutation(
         "algebra.py",
