@@ -57,15 +57,16 @@ class Network(Protocol):
     def own_feeds(self) -> Feeds:
         """The samples that stand in where the caller gives no data."""
 
-    def fold(self, data: Feeds | None) -> ChangeReport:
+    def fold(self, data: Feeds | None, folder: Path) -> ChangeReport:
         """Folds it; before that there is no `emit` and no `stages`.
 
         Args:
             data: what the caller gave, for a check on real inputs.
+            folder: where weights may be kept that are too large to be in memory twice.
         """
 
-    def emit(self) -> onnx.ModelProto:
-        """The folded network in float32."""
+    def emit(self, path: Path) -> onnx.ModelProto:
+        """The folded network in float32, which is to be written to `path`; see `external_data`."""
 
     def run(self, feeds: Arrays) -> Arrays:
         """The truth: outputs of the network as it was, in float64."""

@@ -7,19 +7,25 @@ anywhere on the disk, and a graph that is not in topological order fails much la
 from __future__ import annotations
 
 import ast
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import TensorProto
 from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor, uses_external_data
 
 from lowprec.errors import ArtifactError
+from lowprec.export.external_data import check_model, refer
+from lowprec.export.weight_file import LARGE, SMALLEST
 
 MODULE_PATH = "module_path"
 """Metadata key of a node that names the module which it came from."""
 
+# Types whose values take whole bytes, so that they can be mapped.
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _TORCH_SCOPES = "pkg.torch.onnx.name_scopes"  # where torch.onnx says the same
 
 
@@ -39,7 +45,7 @@ def _path_from_scopes(text: str) -> str:
 
 
 def load_onnx(path: Path | str) -> onnx.ModelProto:
-    """The model of an .onnx file, weights stored beside it included.
+    """The model of an .onnx file, weights stored beside it included; large ones as references (see `external_data`).
 
     Args:
         path: the file. Weights in other files must lie in the same folder or below it.
@@ -62,15 +68,12 @@ def load_onnx(path: Path | str) -> onnx.ModelProto:
         raise ArtifactError(f"{path} is not an ONNX model, or is truncated; export it again") from None
     if not model.ir_version or not model.graph.output:
         raise ArtifactError(f"{path} holds no ONNX graph with outputs; it is empty, truncated or another kind of file")
-    _load_external_weights(model, path)
+    _find_external_weights(model, path)
     check_sorted(model.graph, str(path))
     try:
-        onnx.checker.check_model(model)
+        check_model(model, full=False)
     except onnx.checker.ValidationError as error:
         raise ArtifactError(f"{path} breaks the rules of ONNX: {first_line(error)}") from None
-    except ValueError:
-        # protobuf cannot hand more than 2 GiB to the checker in memory; the checker then reads the file itself.
-        _check_large_file(path)
     return model
 
 
@@ -139,35 +142,50 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
                 yield from attribute.tensors
 
 
-def _load_external_weights(model: onnx.ModelProto, path: Path) -> None:
+def _find_external_weights(model: onnx.ModelProto, path: Path) -> None:
+    """Loads weights that are in other files; where they are large together, refers to the large ones."""
     folder = Path(os.path.realpath(path.parent))
-    for tensor in _tensors(model):
-        if not uses_external_data(tensor):
-            continue
-        info = ExternalDataInfo(tensor)
-        target = Path(os.path.realpath(folder / info.location))
-        if os.path.isabs(info.location) or not target.is_relative_to(folder):
-            raise ArtifactError(
-                f"{path}: the weight {tensor.name!r} points outside the model's folder ({info.location!r}); refused"
-            )
-        if not target.is_file():
-            raise ArtifactError(f"{path}: the weight {tensor.name!r} is in {info.location!r}, which is not there")
-        end = (info.offset or 0) + (info.length or 0)
-        if target.stat().st_size < end:
-            raise ArtifactError(
-                f"{path}: {info.location!r} is truncated: the weight {tensor.name!r} ends at byte {end}, "
-                f"the file at {target.stat().st_size}"
-            )
-        try:
-            load_external_data_for_tensor(tensor, str(folder))
-        except (onnx.checker.ValidationError, ValueError, OSError) as error:
-            raise ArtifactError(f"{path}: the weight {tensor.name!r} cannot be read: {first_line(error)}") from None
-        tensor.data_location = onnx.TensorProto.DEFAULT
-        del tensor.external_data[:]
+    external = [tensor for tensor in _tensors(model) if uses_external_data(tensor)]
+    places = [_checked_place(tensor, folder, path) for tensor in external]
+    if sum(length for _, _, length in places) >= LARGE:
+        for tensor in model.graph.initializer:
+            if uses_external_data(tensor) and tensor.data_type in _FLOATS:
+                target, start, length = _checked_place(tensor, folder, path)
+                if length >= SMALLEST:
+                    refer(tensor, str(target), start, length)
+    for tensor in external:
+        if not os.path.isabs(ExternalDataInfo(tensor).location):
+            _load(tensor, folder, path)
 
 
-def _check_large_file(path: Path) -> None:
+def _checked_place(tensor: onnx.TensorProto, folder: Path, path: Path) -> tuple[Path, int, int]:
+    """File, offset and length of a weight, which lies in the folder and is whole."""
+    info = ExternalDataInfo(tensor)
+    target = Path(os.path.realpath(folder / info.location))
+    if os.path.isabs(info.location) or not target.is_relative_to(folder):
+        raise ArtifactError(
+            f"{path}: the weight {tensor.name!r} points outside the model's folder ({info.location!r}); refused"
+        )
+    if not target.is_file():
+        raise ArtifactError(f"{path}: the weight {tensor.name!r} is in {info.location!r}, which is not there")
+    start, length = info.offset or 0, info.length or 0
+    if tensor.data_type in _FLOATS:
+        needed = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        if length not in (0, needed):
+            raise ArtifactError(f"{path}: the weight {tensor.name!r} takes {needed} bytes, its entry says {length}")
+        length = needed
+    if target.stat().st_size < start + length:
+        raise ArtifactError(
+            f"{path}: {info.location!r} is truncated: the weight {tensor.name!r} ends at byte {start + length}, "
+            f"the file at {target.stat().st_size}"
+        )
+    return target, start, length
+
+
+def _load(tensor: onnx.TensorProto, folder: Path, path: Path) -> None:
     try:
-        onnx.checker.check_model(str(path))
-    except onnx.checker.ValidationError as error:
-        raise ArtifactError(f"{path} breaks the rules of ONNX: {first_line(error)}") from None
+        load_external_data_for_tensor(tensor, str(folder))
+    except (onnx.checker.ValidationError, ValueError, OSError) as error:
+        raise ArtifactError(f"{path}: the weight {tensor.name!r} cannot be read: {first_line(error)}") from None
+    tensor.data_location = onnx.TensorProto.DEFAULT
+    del tensor.external_data[:]

@@ -57,12 +57,12 @@ class OnnxNetwork:
         feeds = random_samples(self._graph, _RANDOM_SAMPLES)
         return Feeds(feeds, None, "random inputs, drawn from the shapes and types that the model states")
 
-    def fold(self, data: Feeds | None) -> ChangeReport:
+    def fold(self, data: Feeds | None, folder: Path) -> ChangeReport:
         """Folds the graph, checked on the caller's data or on random inputs."""
         self._folded, report = fold_onnx(self._model, None if data is None else data.inputs)
         return report
 
-    def emit(self) -> onnx.ModelProto:
+    def emit(self, path: Path) -> onnx.ModelProto:
         """The folded graph."""
         assert self._folded is not None
         return self._folded

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from lowprec.artifacts import check_replaceable, new_folder, sha256_of, write_bytes, write_json, write_text
+from lowprec.artifacts import check_replaceable, new_folder, sha256_of, write_json, write_text
 from lowprec.data import Samples
 from lowprec.errors import ConfigError
 from lowprec.export import bundle as layout
@@ -23,6 +23,7 @@ from lowprec.export.backends.base import Precision
 from lowprec.export.bundle import Bundle, is_bundle, open_bundle, provenance, write_manifest
 from lowprec.export.emit import convert_precision
 from lowprec.export.engines import ENGINE_TARGETS, build_engine, check_targets
+from lowprec.export.external_data import write_model
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.folding.accuracy import MAX_FLOAT64_ERROR
 from lowprec.export.networks import Network, feeds_from, network_of
@@ -94,14 +95,14 @@ def export(
     network = network_of(model, example_inputs, dynamic_shapes)
     given = None if calibration is None else feeds_from(calibration, network.input_names)
     step()
-    fold_report = network.fold(given)
-    step()
-    models = _rounded(network.emit(), plan)
-    step()
-    data = given or network.own_feeds()
-    golden = golden_from(network.run, Float64Graph(models["fp32"]), data.inputs, data.labels, plan.precisions)
-    step()
     with new_folder(folder, "a bundle", is_bundle) as work:
+        fold_report = network.fold(given, work)
+        step()
+        models = _rounded(network.emit(work / layout.ONNX_BY_PRECISION["fp32"]), plan)
+        step()
+        data = given or network.own_feeds()
+        golden = golden_from(network.run, Float64Graph(models["fp32"]), data.inputs, data.labels, plan.precisions)
+        step()
         artefacts = _write_models(work, models, plan)
         step()
         golden.save(work / layout.GOLDEN)
@@ -148,7 +149,7 @@ def _write_models(work: Path, models: dict[Precision, onnx.ModelProto], plan: _P
     artefacts = []
     for precision, model in models.items():
         name = layout.ONNX_BY_PRECISION[precision]
-        write_bytes(work / name, model.SerializeToString(deterministic=True))
+        write_model(work / name, model)
         artefacts.append(Artefact(name, work / name, precision))
     narrowest, source = plan.precisions[-1], artefacts[-1]
     artefacts += [build_engine(target, source, BuildOptions(precision=narrowest)) for target in plan.engines]

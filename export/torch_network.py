@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ from lowprec.calibration import calibrate
 from lowprec.calibration.record import Calibration
 from lowprec.export.backends import BACKENDS
 from lowprec.export.emit import emit_onnx
+from lowprec.export.external_data import external_path
 from lowprec.export.folding import FoldedModule, fold_traced, trace
 from lowprec.export.golden import Golden
 from lowprec.export.networks import Feeds
 from lowprec.export.parity import Limits, Stage
 from lowprec.export.stages import judged, run_batched
 from lowprec.export.truth import Arrays, collect_batches, run_traced
+from lowprec.export.weight_file import LARGE
 from lowprec.report import ChangeReport
 
 
@@ -36,6 +39,8 @@ class TorchNetwork:
     def __init__(self, module: nn.Module, example_inputs: tuple[torch.Tensor, ...], dynamic_shapes: Any) -> None:
         self._module, self._example_inputs = module, example_inputs
         self._traced = trace(module, example_inputs, dynamic_shapes)
+        constants = self._traced.program.constants
+        self._is_large = sum(self._traced.program.tensor(name).nbytes for name in constants) >= LARGE
         self._folded: FoldedModule | None = None
 
     @property
@@ -47,14 +52,16 @@ class TorchNetwork:
         """The example inputs."""
         return Feeds(*collect_batches([self._example_inputs], self.input_names), "the example inputs")
 
-    def fold(self, data: Feeds | None) -> ChangeReport:
+    def fold(self, data: Feeds | None, folder: Path) -> ChangeReport:
         """Folds the trace; the check runs on the example inputs and random ones like them."""
-        self._folded, report = fold_traced(self._traced)
+        self._folded, report = fold_traced(self._traced, folder if self._is_large else None)
         return report
 
-    def emit(self) -> onnx.ModelProto:
+    def emit(self, path: Path) -> onnx.ModelProto:
         """The folded module through torch.onnx."""
         assert self._folded is not None
+        if self._folded.file is not None:
+            self._folded.file.move_to(external_path(path))
         return emit_onnx(self._folded, self._traced)
 
     def run(self, feeds: Arrays) -> Arrays:

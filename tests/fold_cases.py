@@ -128,6 +128,15 @@ FOLD_CASES = {
             IMAGE,
             changed=tuple((name, "folded into 'c'") for name in ("rsub", "sub", "div", "rsub_1", "neg")),
         ),
+        "constant-over-a-tensor": Case(
+            lambda: Lambda(
+                lambda m, x: _per_channel([1.0, 2.0, -4.0]) / m.n(m.c(x)).exp(),
+                c=nn.Conv2d(4, 3, 1),
+                n=nn.BatchNorm2d(3),
+            ),
+            IMAGE,
+            changed=(("n", "folded into 'c'"),),
+        ),
         "constant-first": Case(
             lambda: Lambda(
                 lambda m, x: torch.add(torch.sub(_per_channel([1.0, 2.0, 3.0]), m.c(x), alpha=2), 1.5, alpha=-1),

@@ -361,3 +361,28 @@ def test_operators_of_other_libraries_stay_wide():
         "the type of its input 'b' is not known",
     ]
     assert [node.op_type for node in mixed.graph.node] == ["Cast", "Relu", "Cast", "Mystery", "Relu"]
+
+
+def test_an_affine_over_a_sequence_is_written_as_arithmetic():
+    network = nn.Sequential(nn.Conv1d(3, 4, 3), nn.SiLU(), nn.BatchNorm1d(4), nn.SiLU(), nn.Conv1d(4, 2, 3))
+    folded, _ = fold(randomise(network.eval()), (torch.randn(2, 3, 12),))
+    model = emit_onnx(folded)
+    assert [node.op_type for node in model.graph.node if node.op_type in ("Conv", "Mul", "Add")].count("Conv") == 2
+    assert {"2"} == {module_path(node) for node in model.graph.node if node.op_type == "Add"}
+    x = torch.randn(3, 3, 12)
+    found = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"input": x.numpy()})[0]
+    # Sums of at most 12 products on either side, then two activations: a dozen roundings of the largest value.
+    assert np.abs(found - folded(x).numpy()).max() <= 48 * 2.0**-24 * np.abs(found).max()
+    assert any(
+        node.target is torch.ops.aten.conv1d.default and len(node.args) > 6 for node in folded.network.graph.nodes
+    )
+
+
+@pytest.mark.parametrize("other", ["stride", "padding", "shared"])
+def test_a_depthwise_convolution_that_is_no_affine_stays(other):
+    options = {"stride": {"stride": 2}, "padding": {"padding": 1}}.get(other, {})
+    layer = nn.Conv1d(4, 4, 1, groups=4, **options)
+    network = Lambda(lambda m, x: m.c(F.silu(m.c(F.silu(x)))) if other == "shared" else m.c(F.silu(x)), c=layer)
+    folded, _ = fold(network.eval(), (torch.randn(2, 4, 12),))
+    model = emit_onnx(folded)
+    assert sum(node.op_type == "Conv" for node in model.graph.node) == (2 if other == "shared" else 1)

@@ -308,9 +308,9 @@ def test_a_visitor_sees_each_stored_value_and_may_replace_it():
     assert visited(model, {"x": x}) == [
         ("x", "input", 0),
         ("w", "weight", 0),
-        ("two", "weight", 0),
         ("c", "node", 12),
         ("r", "node", 0),
+        ("two", "weight", 0),
         ("y", "node", 1),
     ]
     got = Float64Graph(model).run({"x": x}, lambda name, kind, value, terms: value + (name == "r"))

@@ -10,15 +10,17 @@ import copy
 from typing import Any, Protocol
 
 import onnx
+import onnx_ir as ir
 import torch
-from onnx.external_data_helper import uses_external_data
 from torch import Tensor
 
 import lowprec
 from lowprec.errors import UnsupportedError
+from lowprec.export.emit.per_channel import write_as_arithmetic
 from lowprec.export.folding.traced.module import FoldedModule
 from lowprec.export.folding.traced.quiet import quiet_exporter
 from lowprec.export.onnx_files import MODULE_PATH, module_path
+from lowprec.export.weight_file import WeightFile
 
 # The newest opset that torch.onnx writes by itself; IR 10 is the version that belongs to opsets 21 to 22, the newest
 # one that every supported onnxruntime (1.20 on) reads.
@@ -68,6 +70,7 @@ def emit_onnx(
         if node.op == "call_function":
             path = folded.module_paths.get(node.name, "")
             node.meta["nn_module_stack"] = {"network": ("", "Network"), path or "root": (path, "Module")}
+    write_as_arithmetic(network)
     dims = {name: torch.export.Dim(name) for axes in called.dynamic_shapes for name in axes.values()}
     try:
         with quiet_exporter(), torch.no_grad():
@@ -86,9 +89,22 @@ def emit_onnx(
     except Exception as error:  # torch.onnx wraps the failures of every one of its stages differently
         raise UnsupportedError(f"the folded network cannot be written as ONNX: {_reason(error)}") from None
     assert program is not None
+    if folded.file is not None:
+        _refer_to_file(program, folded.file)
     model = program.model_proto
     _clean(model)
     return model
+
+
+def _refer_to_file(program: torch.onnx.ONNXProgram, file: WeightFile) -> None:
+    """Weights that are in a file already are written as references to it."""
+    for value in program.model.graph.initializers.values():
+        held = value.const_value
+        array = None if held is None else held.numpy()
+        place = None if array is None else file.find(array)
+        if held is not None and array is not None and place is not None:
+            where, shape = str(file.path.absolute()), ir.Shape(array.shape)
+            value.const_value = ir.ExternalTensor(where, *place, held.dtype, shape=shape, name=value.name or "")
 
 
 def _flat_shapes(called: CallInterface, dims: dict[str, Any]) -> tuple[dict[int, Any], ...]:
@@ -120,6 +136,5 @@ def _clean(model: onnx.ModelProto) -> None:
         del value.metadata_props[:]
         value.doc_string = ""
     for tensor in model.graph.initializer:
-        assert not uses_external_data(tensor)
         del tensor.metadata_props[:]
         tensor.doc_string = ""

@@ -13,6 +13,7 @@ from onnx import TensorProto, version_converter
 from lowprec.errors import UnsupportedError
 from lowprec.export.emit.node_types import ELEMENT_TYPES, SCHEMA_TYPES, Keep, type_nodes
 from lowprec.export.emit.retype import Rewriter
+from lowprec.export.external_data import check_model
 from lowprec.formats import FloatFormat
 from lowprec.report import ChangeReport
 
@@ -47,7 +48,7 @@ def convert_precision(
     typing = type_nodes(source, is_float, SCHEMA_TYPES[fmt.name], keep)
     rewriter = Rewriter(source, fmt, is_float, typing)
     result = rewriter.run()
-    onnx.checker.check_model(result, full_check=True)
+    check_model(result)
     return result, rewriter.report
 
 

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from lowprec.export.emit.node_types import ELEMENT_TYPES, Typing, is_idle_cast
 from lowprec.export.emit.rounding import round_tensor
+from lowprec.export.external_data import without_weights
 from lowprec.export.onnx_files import module_path
 from lowprec.formats import FP32, FloatFormat
 from lowprec.report import ChangeReport
@@ -67,9 +68,8 @@ class Rewriter:
         return self._model()
 
     def _model(self) -> onnx.ModelProto:
-        result = onnx.ModelProto()
-        result.CopyFrom(self._source)
-        del result.graph.node[:], result.graph.initializer[:], result.graph.value_info[:]
+        result = without_weights(self._source)
+        del result.graph.node[:], result.graph.value_info[:]
         result.graph.node.extend(self._nodes)
         read = {name for node in self._nodes for name in node.input} | {value.name for value in result.graph.output}
         result.graph.initializer.extend(tensor for name, tensor in self._initializers.items() if name in read)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from lowprec.errors import UnsupportedError
+from lowprec.export.external_data import array_of
 from lowprec.formats import BF16, FP16, FP32, FP64, FloatFormat, RoundingLoss, round_to, rounding_loss
 
 FORMAT_OF: dict[int, FloatFormat] = {
@@ -55,7 +56,7 @@ def round_tensor(tensor: onnx.TensorProto, fmt: FloatFormat, name: str) -> tuple
     Raises:
         UnsupportedError: a finite value overflows.
     """
-    values = numpy_helper.to_array(tensor)
+    values = array_of(tensor)
     loss = rounding_loss(values, fmt)
     if loss.overflow:
         raise _overflow(tensor.name, values, loss.overflow, fmt)

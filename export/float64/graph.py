@@ -2,12 +2,12 @@
 
 onnxruntime has no float64 convolution and torch is absent where bundles are verified, so the graph is evaluated by
 onnx's own reference, widened throughout (widening.py) and with its slow operators replaced (operators.py). Values are
-dropped after their last use: memory is that of the widest point of the network, not of all its activations.
+dropped after their last use and weights widened at their first: memory is that of the widest point of the network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from lowprec.errors import UnsupportedError
+from lowprec.export.external_data import array_of
 from lowprec.export.float64.operators import float64_operators
 from lowprec.export.float64.widening import FLOAT32_BY_DEFINITION, float64_model, size_names, terms_per_element, widened
-from lowprec.export.onnx_files import first_line
+from lowprec.export.onnx_files import first_line, nested_graphs
 from lowprec.export.tensors import check_feeds, specs_of
 
 Kind = Literal["input", "weight", "node"]
@@ -47,7 +48,8 @@ class Float64Graph:
             self._nodes = ReferenceEvaluator(wide, new_ops=float64_operators(model)).rt_nodes_
         except (NotImplementedError, RuntimeError, TypeError, KeyError) as error:
             raise UnsupportedError(f"onnx's reference cannot evaluate this graph: {first_line(error)}") from None
-        self._last_use = _last_uses(wide.graph)
+        self._nested = any(nested_graphs([node]) for node in wide.graph.node)
+        self._last_use = {} if self._nested else _last_uses(wide.graph)
 
     @property
     def batch_axis(self) -> int | None:
@@ -61,10 +63,11 @@ class Float64Graph:
 
         Args:
             feeds: one array per input; floats of any width.
-            visit: called as `visit(name, kind, value, terms)` with each stored value: the inputs, the weights, then
-                every output of every node of the main graph, in order of evaluation; what it returns takes the value's
-                place. `terms` is 0 where values were only moved or selected, 1 for elementwise arithmetic, K for a
-                reduction of length K. Values that decide shapes, and the inside of If, Loop and Scan, are not visited.
+            visit: called as `visit(name, kind, value, terms)` with each stored value: the inputs, then every weight
+                before the first node that reads it, and every output of every node of the main graph, in order of
+                evaluation; what it returns takes the value's place. `terms` is 0 where values were only moved or
+                selected, 1 for elementwise arithmetic, K for a reduction of length K. Values that decide shapes, and
+                the inside of If, Loop and Scan, are not visited.
             watch: called as `watch(name, value)` with every value of the main graph, those that decide shapes included.
 
         Returns:
@@ -79,13 +82,23 @@ class Float64Graph:
             spec = next(spec for spec in self.inputs if spec.name == name)
             wide = array.astype(np.float64) if spec.is_float else array.astype(spec.dtype)
             values[name] = visit(name, "input", wide, 0) if visit else wide
-        for name, array in self._weights.items():
-            values[name] = visit(name, "weight", array, 0) if visit and name not in self._sizes else array
         if watch:
             for name, value in values.items():
                 watch(name, value)
+
+        def load(names: Iterable[str]) -> None:
+            for name in names:
+                if name not in values and name in self._weights:
+                    array = widened(array_of(self._weights[name]))
+                    values[name] = visit(name, "weight", array, 0) if visit and name not in self._sizes else array
+                    if watch:
+                        watch(name, values[name])
+
+        if self._nested:
+            load(self._weights)
         with np.errstate(all="ignore"):
             for index, node in enumerate(self._nodes):
+                load(node.input)
                 inputs = [values[name] for name in node.input]
                 results = _evaluate(node, inputs, values)
                 for name, result in zip(node.output, results, strict=False):
@@ -97,6 +110,7 @@ class Float64Graph:
                         watch(name, result)
                 for name in self._last_use.get(index, ()):
                     del values[name]
+        load(spec.name for spec in self.outputs)
         return {spec.name: np.asarray(values[spec.name]) for spec in self.outputs}
 
 
@@ -114,10 +128,7 @@ def _evaluate(node: Any, inputs: list[Any], values: dict[str, Any]) -> tuple[Any
 
 
 def _last_uses(graph: onnx.GraphProto) -> dict[int, list[str]]:
-    """Names that may be dropped after each node; none in a graph with nested graphs, which read freely."""
-    nested = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
-    if any(attribute.type in nested for node in graph.node for attribute in node.attribute):
-        return {}
+    """Names that may be dropped after each node of a graph without nested graphs, which would read freely."""
     kept = {value.name for value in graph.output} | {""}
     last: dict[str, int] = {}
     for index, node in enumerate(graph.node):

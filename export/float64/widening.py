@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from lowprec.errors import UnsupportedError
+from lowprec.export.external_data import without_weights
 from lowprec.export.onnx_files import graphs_of
 
 WIDENED = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
@@ -47,8 +48,8 @@ EXACT_OPS = frozenset(
 _SIZE_INPUTS = {"Range": (0, 1, 2), "Resize": (1, 2), "Upsample": (1,)}
 
 
-def float64_model(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
-    """A float64 copy of the model without its weights, and the weights as arrays.
+def float64_model(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, TensorProto]]:
+    """A float64 copy of the model without its weights, and the weights as they are.
 
     Local functions are inlined, so that each of their nodes is seen. Float32, float16, bfloat16 and float64 become
     float64; integers, booleans, strings and 8-bit floats stay.
@@ -56,14 +57,13 @@ def float64_model(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, ND
     Raises:
         UnsupportedError: the graph draws random numbers, or holds an operator with no float64 evaluation.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(onnx.inliner.inline_local_functions(model) if model.functions else model)
-    if copy.graph.sparse_initializer:
-        name = copy.graph.sparse_initializer[0].values.name
+    inlined = onnx.inliner.inline_local_functions(model) if model.functions else model
+    if inlined.graph.sparse_initializer:
+        name = inlined.graph.sparse_initializer[0].values.name
         raise UnsupportedError(f"the weight {name!r} is stored sparsely, which onnx's reference cannot read; unpack it")
-    weights = {tensor.name: widened(numpy_helper.to_array(tensor)) for tensor in copy.graph.initializer}
-    false = _says_false(copy.graph)
-    del copy.graph.initializer[:]
+    weights = {tensor.name: tensor for tensor in inlined.graph.initializer}
+    false = _says_false(inlined.graph)
+    copy = without_weights(inlined)
     for graph in graphs_of(copy):
         for node in graph.node:
             _check_node(node, false)

@@ -21,6 +21,8 @@ from lowprec.lazy import resolver
 from lowprec.report import ChangeReport
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from lowprec.export.folding.from_onnx.fold import fold_onnx
@@ -52,11 +54,12 @@ RULES: dict[str, Rule] = {
 }
 
 
-def fold_traced(traced: Traced) -> tuple[FoldedModule, ChangeReport]:
+def fold_traced(traced: Traced, folder: Path | None = None) -> tuple[FoldedModule, ChangeReport]:
     """Folds a traced network by every rule of `RULES`.
 
     Args:
         traced: from `trace`; it stays as it is.
+        folder: keep the folded weights in a file there rather than in memory.
 
     Returns:
         The folded network in the source's type (float32 unless the source is float64), and the report. Facts:
@@ -67,7 +70,7 @@ def fold_traced(traced: Traced) -> tuple[FoldedModule, ChangeReport]:
     """
     from lowprec.export.folding.traced.apply import fold_with_rules
 
-    return fold_with_rules(traced, RULES.values())
+    return fold_with_rules(traced, RULES.values(), folder)
 
 
 def fold(

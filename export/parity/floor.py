@@ -23,6 +23,7 @@ from lowprec.export.tensors import fixed_batch
 from lowprec.formats import FP32, FloatFormat, format_named, round_to
 
 Array = NDArray[Any]
+_BLOCK = 1 << 22  # elements perturbed at a time
 DRAWS = 6
 """Draws by default: the rms of 6 is within a factor of two of the truth (chi-squared of 6), well inside the bands."""
 
@@ -129,6 +130,12 @@ def perturbed(
         accumulator: the format it was added up in.
         generator: source of the draws.
     """
+    if terms <= 1 and x.size > _BLOCK:  # the same draws, without several copies of a large weight
+        blocks = np.array_split(x.reshape(-1), -(-x.size // _BLOCK))
+        result = np.empty(x.size)
+        for start, block in zip(np.cumsum([0, *map(len, blocks)]), blocks, strict=False):
+            result[start : start + len(block)] = perturbed(block, terms, storage, accumulator, generator)
+        return result.reshape(x.shape)
     size = np.abs(x)
     with np.errstate(over="ignore", invalid="ignore"):
         amplitude = np.maximum(storage.unit_roundoff * size, storage.min_subnormal / 2)
@@ -162,10 +169,11 @@ class RoundingDraw:
             if exact.all():
                 return value
         else:
-            exact = np.zeros(value.shape, np.bool_)
+            exact = None
         block = () if kind == "weight" else (self._start,)
         generator = np.random.default_rng([*self._key, zlib.crc32(name.encode()), *block])
-        return np.where(exact, value, perturbed(value, terms, storage, accumulator, generator))
+        found = perturbed(value, terms, storage, accumulator, generator)
+        return np.where(exact, value, found) if exact is not None else found
 
 
 def noise_floor(

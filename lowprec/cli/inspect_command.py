@@ -114,8 +114,9 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def _onnx(path: Path) -> dict[str, Any]:
-    from onnx import TensorProto, numpy_helper
+    from onnx import TensorProto
 
+    from lowprec.export.external_data import array_of
     from lowprec.export.onnx_files import load_onnx
     from lowprec.formats import FP16, rounding_loss
 
@@ -123,7 +124,7 @@ def _onnx(path: Path) -> dict[str, Any]:
     types = Counter(TensorProto.DataType.Name(tensor.data_type).lower() for tensor in model.graph.initializer)
     troubles = []
     for tensor in model.graph.initializer:
-        array = numpy_helper.to_array(tensor)
+        array = array_of(tensor)
         if array.dtype.kind != "f" or array.size == 0:
             continue
         loss = rounding_loss(array, FP16)

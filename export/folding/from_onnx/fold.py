@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
 from lowprec.errors import UnsupportedError
 from lowprec.export.backends import BACKENDS
 from lowprec.export.backends.ort import OnnxRuntime
 from lowprec.export.emit.rounding import FORMAT_OF
+from lowprec.export.external_data import array_of
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.float64.widening import widened
 from lowprec.export.folding import RULES
@@ -83,7 +83,7 @@ def fold_onnx(
 def _weights(model: onnx.ModelProto) -> Iterator[tuple[str, NDArray[Any]]]:
     for tensor in model.graph.initializer:
         if tensor.data_type in FORMAT_OF:
-            yield tensor.name, widened(numpy_helper.to_array(tensor))
+            yield tensor.name, widened(array_of(tensor))
 
 
 def _exact(graph: Float64Graph) -> Run:

@@ -19,6 +19,7 @@ from onnx import TensorProto, numpy_helper
 
 from lowprec.errors import UnsupportedError
 from lowprec.export.emit.rounding import FORMAT_OF, stored_tensor
+from lowprec.export.external_data import array_of
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.float64.widening import RANDOM_OPS, WIDENED, widened
 from lowprec.export.folding.algebra import Array
@@ -75,7 +76,7 @@ class OnnxProgram:
     def constant(self, name: str) -> NDArray[Any] | None:
         """A constant's value, floats in float64; None for anything else."""
         if name in self.initializers:
-            return widened(numpy_helper.to_array(self.initializers[name]))
+            return widened(array_of(self.initializers[name]))
         value = self.computed.get(name)
         return value if isinstance(value, np.ndarray) else None
 

@@ -115,14 +115,14 @@ class _Writer:
         return named if bias is None else [*named, self._constant(bias_name or f"{stem}bias", bias, name)]
 
     def _affine(self, node: Node, op: Affine) -> list[onnx.NodeProto]:
-        """An affine as one operation where there is one: runtimes do a depthwise 1x1 convolution fastest.
+        """An affine of images as a depthwise 1x1 convolution, any other as arithmetic: runtimes do these fastest.
 
-        Measured: `python -m tests.benchmarks.folding --only leftovers`.
+        Measured: `python -m tests.benchmarks.leftovers`.
         """
         old, output, source = self._protos(node)[-1], self._view.values[node], self._view.values[node.inputs[0]]
         rank, place = len(node.shape), node.path or old.name or output
         channels = node.shape[1] if rank > 1 else None
-        depthwise = 3 <= rank <= 5 and self._program.types[output] in _DEPTHWISE_TYPES
+        depthwise = 4 <= rank <= 5 and self._program.types[output] in _DEPTHWISE_TYPES
         if op.is_identity:
             self._stands_for[output] = source
             return []

@@ -43,9 +43,12 @@ class _Runner(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """An operation, where a floating type that it names is the one that is computed in."""
-        return super().call_function(
+        result = super().call_function(
             target, fx.node.map_aggregate(args, self._narrow), fx.node.map_aggregate(kwargs, self._narrow)
         )
+        if self._program.file is not None:
+            self._program.file.release()
+        return result
 
     def _cast(self, value: Tensor) -> Tensor:
         return value.to(self._dtype) if value.is_floating_point() else value

@@ -36,6 +36,7 @@ class FoldedModule(nn.Module):
         output_names: `output`, or `output_0`, `output_1`, ...
         dynamic_shapes: per input, the name of each axis whose length is free (`{0: "batch"}`).
         example_inputs: the tensors it was traced with, in the order of `input_names`.
+        file: where its large weights are; None for in memory.
     """
 
     def __init__(self, program: Program, interface: Interface, dtype: torch.dtype, shares: bool = False) -> None:
@@ -47,6 +48,7 @@ class FoldedModule(nn.Module):
         self.example_inputs = tuple(
             value.to(dtype) if value.is_floating_point() else value for value in interface.example_inputs
         )
+        self.file = program.file
         self._interface = interface
         self.network = _graph_module(program, dtype, shares)
         # In order and not by name: a loaded fx graph has other node names.
@@ -68,7 +70,13 @@ class FoldedModule(nn.Module):
         cast = [value.to(self.dtype) if value.is_floating_point() else value for value in inputs]
         with torch.no_grad():
             result: tuple[Tensor, ...] = self.network(*cast)
+        self.release()
         return result
+
+    def release(self) -> None:
+        """Takes weights that are kept in a file out of memory, until they are needed again."""
+        if self.file is not None:
+            self.file.release()
 
     def train(self, mode: bool = True) -> FoldedModule:
         """Raises `UnsupportedError` for `mode=True`; a folded network has no training mode."""

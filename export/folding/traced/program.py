@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowprec.export.folding.algebra import Scaled, Stored
+from lowprec.export.weight_file import WeightFile
 
 # What a constant's or an operation's place in the network is kept under, on fx nodes.
 PATH = "module_path"
@@ -45,12 +46,14 @@ class Program:
             before they are rounded.
         norms: the norm layers of the network by module path.
         wanted: the name that a constant should get when the names are settled, where it differs.
+        file: where the constants are kept once they are rounded; None for in memory.
     """
 
     graph: fx.Graph
     constants: dict[str, Tensor | Scaled]
     norms: dict[str, NormLayer] = field(default_factory=dict)
     wanted: dict[str, str] = field(default_factory=dict)
+    file: WeightFile | None = None
 
     def copy(self) -> Program:
         """A program that can be edited without changing this one; the tensors are shared, edits replace them."""
@@ -90,7 +93,7 @@ class Program:
             return self.graph.create_node("get_attr", unique)
 
     def round_constants(self, dtype: torch.dtype, others: Program) -> None:
-        """Rounds the constants to a type, and copies those that are another program's own.
+        """Rounds the constants to a type, and copies those that are another program's own; into `file` if there is one.
 
         One after the other, so that two copies of all are never held.
         """
@@ -100,6 +103,8 @@ class Program:
                 rounded = torch.from_numpy(value.rounded(str(dtype).removeprefix("torch.")))
             else:
                 rounded = value.to(dtype) if is_float(value) else value
+            if self.file is not None:
+                rounded = torch.from_numpy(self.file.add(rounded.detach().numpy()))
             self.constants[name] = rounded.clone() if rounded.data_ptr() in foreign else rounded
 
     def erase_dead(self) -> None:
