@@ -480,6 +480,16 @@ FOLD_CASES = {
             refused=(("1", r"its scale would have to pass '(0|2)' \(silu\)"),),
             norms_left=1,
         ),
+        "between-clamp-and-silu": Case(
+            lambda: Lambda(
+                lambda m, x: F.silu(m.n(m.c(x).clamp(0, 2))),
+                c=nn.Conv2d(4, 4, 1),
+                n=nn.BatchNorm2d(4),
+            ),
+            IMAGE,
+            refused=(("n", r"its scale would have to pass '(clamp|silu)' \((clamp|silu)\)"),),
+            norms_left=1,
+        ),
         "flatten": Case(
             lambda: chain(nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(168, 3)), IMAGE, (("0", "folded into '2'"),)
         ),
