@@ -591,3 +591,28 @@ def test_a_layer_folds_by_its_own_word(layer, left):
 def test_a_layer_whose_word_is_wrong_is_named():
     with pytest.raises(FoldError, match=r"what '1' say in inference_affine differs from the original by 0\.0"):
         fold(nn.Sequential(nn.Conv2d(2, 3, 3), Lying()).eval(), (torch.rand(2, 2, 5, 5),))
+
+
+class RegionsThatChangeNothing(nn.Module):
+    """Gradients off, autocast off, one in the other: torch.export keeps each as a graph of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        with torch.no_grad():
+            y = self.conv(x)
+            with torch.autocast("cpu", enabled=False):
+                y = self.norm(y).float().relu()
+        with torch.autocast("cpu", enabled=False):
+            return self.last(y)
+
+
+def test_regions_that_change_nothing_are_opened():
+    network = fold_cases.randomise(RegionsThatChangeNothing().eval())
+    x = torch.randn(3, 3, 8, 8)
+    folded, report = fold(network, (x,))
+    assert report.facts["norms_left"] == 0
+    with torch.no_grad():
+        assert worst(copy.deepcopy(network).double()(x.double()), folded(x)) <= FLOAT32

@@ -84,16 +84,53 @@ def _program_from_export(exported: torch.export.ExportedProgram) -> Program:
             constants[name] = _constant(exported, name)
             copies[node] = graph.create_node("get_attr", name)
             copies[node].meta = {"val": node.meta["val"]}
-        elif node.op == "call_function" and not _is_assertion(node):
-            copies[node] = graph.node_copy(node, lambda value: _copied(copies, value))
-            copies[node].meta = {"val": node.meta.get("val"), **_origin(node)}
-        elif node.op == "get_attr":
-            raise FoldError(_opaque_region(exported, node))
+        elif node.op == "call_function":
+            _copy_call(exported.graph_module, node, graph, copies)
     returned = [
         _result(spec.arg, copies, exported) for spec in signature.output_specs if spec.kind is OutputKind.USER_OUTPUT
     ]
     graph.output(tuple(returned))
     return Program(graph, constants)
+
+
+def _copy_call(owner: fx.GraphModule, node: fx.Node, graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> None:
+    """Copies an operation, and what is inside of a region that changes nothing here (gradients off, autocast off).
+
+    Args:
+        owner: the module of the node's graph, which holds its regions.
+        node: the operation.
+        graph: where the copy goes.
+        copies: of the values before; gets those of the operation.
+    """
+    region = next((value for value in node.all_input_nodes if value.op == "get_attr"), None)
+    if region is not None:
+        _copy_region(owner, node, region, graph, copies)
+    elif not _is_assertion(node) and node not in copies:
+        copies[node] = graph.node_copy(node, lambda value: _copied(copies, value))
+        copies[node].meta = {"val": node.meta.get("val"), **_origin(node)}
+
+
+def _copy_region(
+    owner: fx.GraphModule, node: fx.Node, region: fx.Node, graph: fx.Graph, copies: dict[fx.Node, fx.Node]
+) -> None:
+    inner = owner.get_submodule(str(region.target))
+    assert isinstance(inner, fx.GraphModule)
+    position = node.args.index(region)
+    name = operator_name(node)
+    # What comes before the region are its settings; of autocast the third says whether it is on.
+    if not (name == "wrap_with_set_grad_enabled" or (name == "wrap_with_autocast" and node.args[2] is False)):
+        raise FoldError(_opaque_region(inner, name))
+    placeholders = [value for value in inner.graph.nodes if value.op == "placeholder"]
+    for placeholder, given in zip(placeholders, node.args[position + 1 :], strict=True):
+        assert isinstance(given, fx.Node)
+        copies[placeholder] = _copied(copies, given)
+    for value in inner.graph.nodes:
+        if value.op == "call_function":
+            _copy_call(inner, value, graph, copies)
+    (results,) = next(value for value in inner.graph.nodes if value.op == "output").args
+    for user in node.users:
+        assert isinstance(results, tuple | list)
+        copies[user] = copies[results[user.args[1]]]  # type: ignore[index]
 
 
 def _copied(copies: dict[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
@@ -155,12 +192,10 @@ def _draws(node: fx.Node) -> bool:
     return True
 
 
-def _opaque_region(exported: torch.export.ExportedProgram, region: fx.Node) -> str:
+def _opaque_region(inner: fx.GraphModule, name: str) -> str:
     """Why a region that torch.export keeps as a graph of its own cannot be folded; its first operation says where."""
-    inner = exported.graph_module.get_submodule(str(region.target))
     origins = [_origin(node)[PATH] for node in inner.graph.nodes if node.op == "call_function"]
     where = f"'{origins[0]}'" if origins and origins[0] else "the network's own forward"
-    name = operator_name(next(iter(region.users)))
     if "autocast" in name:
         return f"{where} runs under torch.autocast, which hides its operations; take the autocast region out of forward"
     return f"{where} uses {name}, a region whose operations are hidden; write it without"
