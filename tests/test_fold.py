@@ -615,4 +615,4 @@ def test_regions_that_change_nothing_are_opened():
     folded, report = fold(network, (x,))
     assert report.facts["norms_left"] == 0
     with torch.no_grad():
-        assert worst(copy.deepcopy(network).double()(x.double()), folded(x)) <= FLOAT32
+        assert worst(network(x).double(), folded(x)) <= 2 * FLOAT32  # both round
