@@ -474,6 +474,30 @@ FOLD_CASES = {
             IMAGE,
             (("2", "into '0'"),),
         ),
+        "before-a-maximum": Case(
+            lambda: Lambda(lambda m, x: m.l(m.n(x).amax((2, 3))), n=nn.BatchNorm2d(4), l=nn.Linear(4, 3)),
+            IMAGE,
+            refused=(("n", r"a negative scale would have to pass 'amax' \(amax\)"),),
+            norms_left=1,
+        ),
+        "before-a-pad-of-ones": Case(
+            lambda: Lambda(
+                lambda m, x: m.c(F.pad(m.n(x), (1, 1, 1, 1), value=1.0)), n=_shiftless(4), c=nn.Conv2d(4, 3, 3)
+            ),
+            IMAGE,
+            refused=(("n", r"its scale would have to pass 'pad' \(pad\)"),),
+            norms_left=1,
+        ),
+        "channels-picked-by-the-batch": Case(
+            lambda: Lambda(
+                lambda m, x: m.l(F.relu(m.n(x)).reshape(-1).narrow(0, x.shape[0], 4)),
+                n=_positive(4, axes=1),
+                l=nn.Linear(4, 3),
+            ),
+            (2, 4),
+            refused=(("n", "its scale would have to pass"),),
+            norms_left=1,
+        ),
         "between-silus": Case(
             lambda: chain(nn.SiLU(), nn.BatchNorm2d(4), nn.SiLU()),
             IMAGE,
@@ -618,6 +642,28 @@ FOLD_CASES = {
             (1, 6, 5),
             changed=(("n", "folded into 'v'"),),
         ),
+        "norm-of-a-query": Case(
+            lambda: Lambda(
+                lambda m, x: F.scaled_dot_product_attention(m.n(x), x, m.v(x)), v=nn.Linear(5, 4), n=nn.BatchNorm1d(6)
+            ),
+            (1, 6, 5),
+            refused=(("n", "its scale would have to pass 'scaled_dot_product_attention'"),),
+            norms_left=1,
+        ),
+        "norms-of-tokens-around-attention": Case(
+            lambda: Lambda(
+                lambda m, x: m.b(F.scaled_dot_product_attention(x, x, m.a(m.v(x)))),
+                v=nn.Linear(5, 4),
+                a=nn.BatchNorm1d(6),
+                b=nn.BatchNorm1d(6),
+            ),
+            (1, 6, 5),
+            refused=(
+                ("a", r"meet again in 'scaled_dot_product_attention' \(scaled_dot_product_attention\)"),
+                ("b", "its scale would have to pass an output of the network"),
+            ),
+            norms_left=2,
+        ),
         "norm-behind-weighted-means": Case(
             lambda: Lambda(
                 lambda m, x: F.gelu(m.n(((x @ x.transpose(1, 2)).softmax(-1) @ m.v(x)).transpose(1, 2))),
@@ -709,8 +755,8 @@ def _with_gamma(channels, change, axes=2):
     return norm
 
 
-def _positive(channels):
-    return _with_gamma(channels, lambda norm: norm.weight.abs_().add_(0.3))
+def _positive(channels, axes=2):
+    return _with_gamma(channels, lambda norm: norm.weight.abs_().add_(0.3), axes)
 
 
 def _shiftless(channels):

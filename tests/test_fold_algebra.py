@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from lowprec.affine import ChannelAffine
 from lowprec.export.folding import algebra
 from lowprec.export.folding.algebra import channel_magnitudes, fold_affine, output_channels, scaled, unfold_input
+from lowprec.export.folding.gauges.scales import Scales
 
 EPS = np.finfo(np.float64).eps
 
@@ -157,3 +158,15 @@ def test_factors_add_up_and_the_stored_weight_stays():
     assert len(twice.factors) == 1
     assert np.asarray(twice).tolist() == [[0, 10, 20], [63, 84, 105]]
     assert weight.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_signs_of_scales_that_are_tied_by_negative_factors():
+    """S1 = -2 S2: one of both is negative, and a demand that cannot be met leaves everything as it was."""
+    scales = Scales()
+    scales.add(2)
+
+    assert scales.tie(1, 2, -2.0, "tie") is None
+    assert scales.demand_positive(1, "first") is None
+    assert scales.value(1) > 0 > scales.value(2)
+    assert scales.demand_positive(2, "second") == "a negative scale would have to pass second or first"
+    assert scales.value(1) == -2 * scales.value(2)

@@ -45,7 +45,7 @@ from tests.benchmarks.resnet18 import ResNet18
 HERE = "tests.benchmarks.folding"
 RESULTS = Path(__file__).parent / "results" / "folding.json"
 KINDS = ("bare", "fold", "emit")
-EXPORT_BARS = {"fold seconds": 0.3, "emit peak": 1.3}  # as shares of the bare export's
+EXPORT_BARS = {"emit seconds": 1.3, "emit peak": 1.3}  # fold and emission together, as shares of the bare export's
 LATENCY_BAR = 1.02  # the upper end of the interval, as a share of the bare file's
 SPEEDUP_BARS = {"repvgg": 1.1, "mobileone": 1.1}  # by the network's name, the median
 MAX_OUTPUT_ERROR = 1e-3  # of the largest output: float32 in another order of summation, and no wrong network

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = [
     "tests/test_fold_algebra.py",
     "tests/test_fold.py",
+    "tests/test_fold_onnx.py",
     "tests/test_read_onnx.py",
     "tests/test_balance.py",
     "tests/test_fold_random.py",
