@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.benchmarks import fused_norm, norm_matters  # noqa: E402 - the studies are run from the root, not installed
+from tests.benchmarks import folding, fused_norm, norm_matters  # noqa: E402 - run from the root
 
 TASK = norm_matters.Task.of("digits", 1)
 ONE_OF_EACH = {(cell.question, cell.line): cell for cell in norm_matters.cells(TASK) if cell.seed == 0}
@@ -50,6 +50,14 @@ def test_the_benchmark_of_the_fused_norms_reports_what_is_missed():
     assert fused_norm.verdict({"rows": [good], "resnet18": resnet}, quick=False) == []
     assert len(fused_norm.verdict({"rows": [good, slow, wrong], "resnet18": {**resnet, "held": False}}, False)) == 3
     assert len(fused_norm.verdict({"rows": [good, slow, wrong], "resnet18": resnet}, quick=True)) == 1
+
+
+def test_the_readme_shows_the_stored_run_of_the_fold():
+    stored = json.loads((ROOT / "tests" / "benchmarks" / "results" / "folding.json").read_text())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for words in folding.readme_lines(stored):
+        assert words in readme
+    assert folding.verdict(stored, quick=False) == stored["missed"] == []
 
 
 def test_the_readme_shows_the_stored_run_of_the_fused_norms():

@@ -276,6 +276,18 @@ def latency(only: str | None, quick: bool, cap: float) -> dict[str, Any]:
     return rows
 
 
+def readme_lines(results: dict[str, Any]) -> list[str]:
+    """What the README says of a stored run."""
+    ratios, rows = results["export"]["ratios"], results["latency"]["rows"]
+    families = {name.partition(",")[0] for name in rows}
+    faster = {name: max(row["median"] for key, row in rows.items() if key.startswith(f"{name},")) for name in families}
+    return [
+        f"{ratios['emit seconds']['median']:.2f} times the time and {ratios['emit peak']['median']:.2f} times the peak",
+        f"{len(families)} families is slower than the unfolded one by more than {100 * (LATENCY_BAR - 1):.0f} %",
+        *(f"{name} {faster[name]:.2f}" for name in sorted(SPEEDUP_BARS)),
+    ]
+
+
 def verdict(results: dict[str, Any], quick: bool) -> list[str]:
     """What was missed, in words; at the sizes of --quick only values count."""
     missed = []
