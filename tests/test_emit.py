@@ -12,8 +12,9 @@ from fold_cases import FOLD_CASES, Lambda, make, randomise
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from lowprec.errors import UnsupportedError
+from lowprec.errors import FoldError, UnsupportedError
 from lowprec.export.emit import convert_precision, emit_onnx
+from lowprec.export.float64 import Float64Graph
 from lowprec.export.folding import fold, trace
 from lowprec.export.onnx_files import module_path
 from lowprec.formats import BF16, FP16, FP32
@@ -150,6 +151,32 @@ class TestEmit:
         folded, _ = fold(network, (torch.randn(1, 1, 6, 6),), ({0: torch.export.Dim("n")},))
         assert shape_of(emit_onnx(traced.module).graph.input[0]) == ["n", 1, 6, "width"]
         assert shape_of(emit_onnx(folded, traced).graph.input[0]) == ["n", 1, 6, "width"]
+
+    def test_axes_are_named_and_bound_by_strings(self):
+        network = Lambda(
+            lambda m, x: torch.cat([x, m.up(m.down(x))], 1),
+            down=nn.Conv2d(1, 2, 2, stride=2),
+            up=nn.ConvTranspose2d(2, 1, 2, stride=2),
+        )
+        folded, _ = fold(network.eval(), (torch.randn(1, 1, 6, 6),), {"x": {0: "n", 2: "2*half", 3: "width"}})
+        model = emit_onnx(folded)
+        assert shape_of(model.graph.input[0]) == ["n", 1, "2*half", "width"]
+        assert shape_of(model.graph.output[0])[:3] == ["n", 2, "2*half"]
+        x = torch.randn(3, 1, 8, 4)
+        found = Float64Graph(model).run({"x": x.numpy()})["output"]
+        assert np.abs(found - network(x).detach().numpy()).max() <= 1e-5  # 2 layers of 4 products of about 1
+
+    @pytest.mark.parametrize("name", ["", "a*b", "2*", "a b", "a+b"])
+    def test_what_is_no_name_of_an_axis_is_refused(self, name):
+        with pytest.raises(UnsupportedError, match=r"names no free axis; give a name such as height, or 2\*height \+ 1"):
+            fold(nn.ReLU().eval(), (torch.randn(2, 3),), ({1: name},))
+
+    def test_a_named_axis_that_the_code_fixes_is_refused(self):
+        network = Lambda(lambda m, x: x.reshape(-1, 4)).eval()
+        with pytest.raises(FoldError, match="its code fixes the axis"):
+            fold(Lambda(lambda m, x: x + torch.ones(4)).eval(), (torch.randn(2, 4),), ({1: "width"},))
+        folded, _ = fold(network, (torch.randn(2, 4),), ({0: "n"},))
+        assert folded.dynamic_shapes == ({0: "n"},)
 
     def test_an_operation_without_translation_is_refused_in_one_line(self):
         network = Lambda(lambda m, x: torch.special.airy_ai(x)).eval()

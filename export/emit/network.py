@@ -17,6 +17,7 @@ from torch import Tensor
 import lowprec
 from lowprec.errors import UnsupportedError
 from lowprec.export.emit.per_channel import write_as_arithmetic
+from lowprec.export.folding.traced.dims import dim_named
 from lowprec.export.folding.traced.module import FoldedModule
 from lowprec.export.folding.traced.quiet import quiet_exporter
 from lowprec.export.onnx_files import MODULE_PATH, module_path
@@ -71,7 +72,6 @@ def emit_onnx(
             path = folded.module_paths.get(node.name, "")
             node.meta["nn_module_stack"] = {"network": ("", "Network"), path or "root": (path, "Module")}
     write_as_arithmetic(network)
-    dims = {name: torch.export.Dim(name) for axes in called.dynamic_shapes for name in axes.values()}
     try:
         with quiet_exporter(), torch.no_grad():
             program = torch.onnx.export(
@@ -82,7 +82,7 @@ def emit_onnx(
                 dynamo=True,
                 input_names=list(called.input_names),
                 output_names=list(called.output_names),
-                dynamic_shapes=_flat_shapes(called, dims),
+                dynamic_shapes=_free_axes(called),
                 opset_version=opset,
                 verbose=False,
             )
@@ -107,8 +107,8 @@ def _refer_to_file(program: torch.onnx.ONNXProgram, file: WeightFile) -> None:
             value.const_value = ir.ExternalTensor(where, *place, held.dtype, shape=shape, name=value.name or "")
 
 
-def _flat_shapes(called: CallInterface, dims: dict[str, Any]) -> tuple[dict[int, Any], ...]:
-    return tuple({axis: dims[name] for axis, name in axes.items()} for axes in called.dynamic_shapes)
+def _free_axes(called: CallInterface) -> tuple[dict[int, torch.export.Dim], ...]:
+    return tuple({axis: dim_named(name) for axis, name in axes.items()} for axes in called.dynamic_shapes)
 
 
 def _reason(error: BaseException) -> str:

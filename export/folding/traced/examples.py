@@ -29,7 +29,7 @@ class Examples:
 
     Args:
         args: positional arguments.
-        dynamic_shapes: one entry per argument.
+        dynamic_shapes: one entry per argument, names of axes among them.
     """
 
     args: tuple[Any, ...]
@@ -49,7 +49,7 @@ class Examples:
     def axis_names(self, lengths: Mapping[str, Sequence[Any]]) -> dict[str, dict[int, str]]:
         """Names of the free axes of each tensor input; axes that are always equally long share one.
 
-        A name given with `Dim("name")` is kept. Else the first free first axis is `batch`, and others are called by
+        A name given as such or with `Dim("name")` is kept. Else the first free first axis is `batch`, and others are called by
         their input and number.
 
         Args:
@@ -67,15 +67,15 @@ class Examples:
         return result
 
     def _given_names(self) -> dict[tuple[int, int], str]:
-        """Names of `Dim` objects by position of the tensor input and axis, where no argument is nested."""
+        """Names that the user gave by position of the tensor input and axis, where no argument is nested."""
         tensors = [
             (arg, axes) for arg, axes in zip(self.args, self.dynamic_shapes, strict=True) if isinstance(arg, Tensor)
         ]
         return {
-            (position, axis): dim.__name__
+            (position, axis): dim if isinstance(dim, str) else dim.__name__
             for position, (_, axes) in enumerate(tensors)
             for axis, dim in _axes(axes).items()
-            if isinstance(dim, Dim)
+            if isinstance(dim, Dim | str)
         }
 
 
@@ -85,7 +85,7 @@ def prepare_examples(network: nn.Module, args: tuple[Any, ...], dynamic_shapes: 
     Args:
         network: gives the parameter names where `dynamic_shapes` is a mapping.
         args: the user's example inputs.
-        dynamic_shapes: the user's, or None for one free first axis.
+        dynamic_shapes: the user's, or None for one free first axis; a string names a free axis.
         dtype: the type of floating inputs.
 
     Raises:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lowprec.errors import FoldError, UnsupportedError
 from lowprec.export.folding.traced.declared import declared_affines, with_affines
+from lowprec.export.folding.traced.dims import without_names
 from lowprec.export.folding.traced.examples import Examples, prepare_examples
 from lowprec.export.folding.traced.interface import Interface
 from lowprec.export.folding.traced.lift import lift_program
@@ -81,8 +82,9 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any
     Args:
         model: in evaluation mode; on any device, in any floating type, also one that `Precision.prepare` narrowed.
         example_inputs: as for torch.export. Axes of length 1 that are to be free are repeated to 2 for the trace.
-        dynamic_shapes: as for torch.export; by default axis 0 of every tensor that has the leading length of the first
-            one is one free axis named `batch`.
+        dynamic_shapes: as for torch.export, or with names of axes in place of its dimensions (`{"x": {0: "batch", 2:
+            "2*height"}}`); by default axis 0 of every tensor that has the leading length of the first one is one free
+            axis named `batch`.
 
     Raises:
         FoldError: the network is in training mode, torch.export refuses it, or it is not one fixed function.
@@ -153,9 +155,10 @@ def _widen_halves(network: nn.Module) -> None:
 
 def _export(network: nn.Module, examples: Examples) -> torch.export.ExportedProgram:
     """torch.export, quietly; its failure in one line that names the module."""
+    shapes = without_names(examples.dynamic_shapes)
     try:
         with quiet_exporter(), without_kernels(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return torch.export.export(network, examples.args, dynamic_shapes=examples.dynamic_shapes, strict=False)
+            return torch.export.export(network, examples.args, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises dozens of types, the user's own code any
         raise FoldError(reason_from_failure(error, network)) from None
 
