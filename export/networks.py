@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lowprec.calibration.record import Calibration
 from lowprec.data import Samples
+from lowprec.errors import ConfigError
 from lowprec.export.golden import Golden
 from lowprec.export.parity import Limits, Stage
 from lowprec.export.truth import Arrays, choose_samples, collect_batches
@@ -78,15 +79,22 @@ class Network(Protocol):
         """How the folded network holds in its own framework, where that is not ONNX."""
 
 
-def network_of(model: nn.Module | str | Path | onnx.ModelProto, example_inputs: Any, dynamic_shapes: Any) -> Network:
+def network_of(
+    model: nn.Module | str | Path | onnx.ModelProto,
+    example_inputs: Any,
+    dynamic_shapes: Any = None,
+    opset: int | None = None,
+) -> Network:
     """The network that a caller gave.
 
     Args:
         model: a module in evaluation mode, an ONNX file, or an ONNX model in memory.
         example_inputs: a tuple of inputs in order; a module needs it.
-        dynamic_shapes: as `torch.export` takes them; an ONNX model knows its own.
+        dynamic_shapes: as `trace` takes them; an ONNX model knows its own.
+        opset: the operator set to write; by default a file's own, and `DEFAULT_OPSET` for a module.
 
     Raises:
+        ConfigError: free axes for an ONNX model.
         FoldError: a module that cannot be traced.
         ArtifactError: a file that is missing, damaged or no ONNX model.
         UnsupportedError: an ONNX model that is not float32.
@@ -94,10 +102,14 @@ def network_of(model: nn.Module | str | Path | onnx.ModelProto, example_inputs: 
     if isinstance(model, str | Path | onnx.ModelProto):
         from lowprec.export.onnx_network import OnnxNetwork
 
-        return OnnxNetwork(model, example_inputs)
+        if dynamic_shapes is not None:
+            raise ConfigError(
+                "free axes can be chosen for a module; an ONNX model says itself which of its axes are free"
+            )
+        return OnnxNetwork(model, example_inputs, opset)
     from lowprec.export.torch_network import TorchNetwork
 
-    return TorchNetwork(model, example_inputs, dynamic_shapes)
+    return TorchNetwork(model, example_inputs, dynamic_shapes, opset)
 
 
 def feeds_from(data: Samples | Iterable[Any], names: list[str]) -> Feeds:

@@ -10,6 +10,7 @@ import onnx
 from lowprec.calibration.record import Calibration
 from lowprec.errors import UnsupportedError
 from lowprec.export.backends.ort import half_types
+from lowprec.export.emit.opset import in_opset
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.folding.from_onnx.feeds import random_samples
 from lowprec.export.folding.from_onnx.fold import fold_onnx
@@ -30,6 +31,7 @@ class OnnxNetwork:
     Args:
         model: a file, or a model in memory; untouched.
         example_inputs: arrays in the order of its inputs, taken where no other data is given; None for random ones.
+        opset: the operator set to write, the model's own by default.
 
     Raises:
         ArtifactError: the file is missing, damaged or no ONNX model.
@@ -38,9 +40,11 @@ class OnnxNetwork:
 
     folded_from = ("the ONNX model as it came", "reference")
 
-    def __init__(self, model: str | Path | onnx.ModelProto, example_inputs: Any = None) -> None:
+    def __init__(
+        self, model: str | Path | onnx.ModelProto, example_inputs: Any = None, opset: int | None = None
+    ) -> None:
         self._model = model if isinstance(model, onnx.ModelProto) else load_onnx(model)
-        self._example_inputs = example_inputs
+        self._example_inputs, self._opset = example_inputs, opset
         _refuse_other_types(self._model)
         self._graph = Float64Graph(self._model)  # says which operators it cannot evaluate
         self._folded: onnx.ModelProto | None = None
@@ -65,7 +69,7 @@ class OnnxNetwork:
     def emit(self, path: Path) -> onnx.ModelProto:
         """The folded graph."""
         assert self._folded is not None
-        return self._folded
+        return self._folded if self._opset is None else in_opset(self._folded, self._opset)
 
     def run(self, feeds: Arrays) -> Arrays:
         """The model as it came, in float64."""

@@ -62,6 +62,7 @@ def export(
     calibration: Samples | Iterable[Any] | None = None,
     dynamic_shapes: Any = None,
     *,
+    opset: int | None = None,
     facts: dict[str, Any] | None = None,
     limits: Limits = DEFAULT_LIMITS,
     progress: Progress | None = None,
@@ -76,7 +77,9 @@ def export(
         targets: `onnx`, `tensorrt-rtx`; an engine is built from the narrowest precision asked for.
         calibration: samples that the golden file and the ranges are taken from; when None the example inputs, and
             random ones where there are none.
-        dynamic_shapes: for a module, as `torch.export` takes them; by default the leading axis is a dynamic batch.
+        dynamic_shapes: for a module, as `torch.export` takes them or with names of axes, `{"x": {0: "batch", 2:
+            "height"}}`; by default the leading axis is a dynamic batch.
+        opset: the ONNX operator set to write: 18 or newer for a module (by default 20), by default a file's own.
         facts: provenance for the manifest.
         limits: the bands of the verdict.
         progress: called with (done, total) steps.
@@ -92,7 +95,7 @@ def export(
     plan = _plan(precision, targets)
     check_replaceable(folder, "a bundle", is_bundle)
     step = _counter(progress)
-    network = network_of(model, example_inputs, dynamic_shapes)
+    network = network_of(model, example_inputs, dynamic_shapes, opset)
     given = None if calibration is None else feeds_from(calibration, network.input_names)
     step()
     with new_folder(folder, "a bundle", is_bundle) as work:

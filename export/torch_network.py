@@ -14,6 +14,7 @@ from lowprec.calibration import calibrate
 from lowprec.calibration.record import Calibration
 from lowprec.export.backends import BACKENDS
 from lowprec.export.emit import emit_onnx
+from lowprec.export.emit.opset import DEFAULT_OPSET
 from lowprec.export.external_data import external_path
 from lowprec.export.folding import FoldedModule, fold_traced, trace
 from lowprec.export.golden import Golden
@@ -31,13 +32,20 @@ class TorchNetwork:
     Args:
         module: in evaluation mode; untouched.
         example_inputs: as `torch.export` takes them.
-        dynamic_shapes: likewise.
+        dynamic_shapes: as `trace` takes them.
+        opset: the operator set to write.
     """
 
     folded_from = ("traced graph", "torch")
 
-    def __init__(self, module: nn.Module, example_inputs: tuple[torch.Tensor, ...], dynamic_shapes: Any) -> None:
-        self._module, self._example_inputs = module, example_inputs
+    def __init__(
+        self,
+        module: nn.Module,
+        example_inputs: tuple[torch.Tensor, ...],
+        dynamic_shapes: Any = None,
+        opset: int | None = None,
+    ) -> None:
+        self._module, self._example_inputs, self._opset = module, example_inputs, opset or DEFAULT_OPSET
         self._traced = trace(module, example_inputs, dynamic_shapes)
         constants = self._traced.program.constants
         self._is_large = sum(self._traced.program.tensor(name).nbytes for name in constants) >= LARGE
@@ -62,7 +70,7 @@ class TorchNetwork:
         assert self._folded is not None
         if self._folded.file is not None:
             self._folded.file.move_to(external_path(path))
-        return emit_onnx(self._folded, self._traced)
+        return emit_onnx(self._folded, self._traced, self._opset)
 
     def run(self, feeds: Arrays) -> Arrays:
         """The traced module in float64."""

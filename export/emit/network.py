@@ -7,7 +7,7 @@ taken out again: it names files of the machine that exported, and makes equal ne
 from __future__ import annotations
 
 import copy
-from typing import Any, Protocol
+from typing import Protocol
 
 import onnx
 import onnx_ir as ir
@@ -16,17 +16,13 @@ from torch import Tensor
 
 import lowprec
 from lowprec.errors import UnsupportedError
+from lowprec.export.emit.opset import DEFAULT_OPSET, check_opset, ir_version_for
 from lowprec.export.emit.per_channel import write_as_arithmetic
 from lowprec.export.folding.traced.dims import dim_named
 from lowprec.export.folding.traced.module import FoldedModule
 from lowprec.export.folding.traced.quiet import quiet_exporter
 from lowprec.export.onnx_files import MODULE_PATH, module_path
 from lowprec.export.weight_file import WeightFile
-
-# The newest opset that torch.onnx writes by itself; IR 10 is the version that belongs to opsets 21 to 22, the newest
-# one that every supported onnxruntime (1.20 on) reads.
-DEFAULT_OPSET = 20
-MAX_IR_VERSION = 10
 
 
 class CallInterface(Protocol):
@@ -59,10 +55,10 @@ def emit_onnx(
     Args:
         folded: from `fold`.
         interface: names, example and free axes of the inputs; the folded network's own by default.
-        opset: the ONNX operator set.
+        opset: the ONNX operator set, 18 or newer.
 
     Raises:
-        UnsupportedError: torch.onnx has no translation for an operation.
+        UnsupportedError: torch.onnx has no translation for an operation, or does not write this operator set.
     """
     called: CallInterface = folded if interface is None else interface
     weights = (*folded.network.parameters(), *folded.network.buffers())
@@ -92,6 +88,7 @@ def emit_onnx(
     if folded.file is not None:
         _refer_to_file(program, folded.file)
     model = program.model_proto
+    check_opset(model, opset)
     _clean(model)
     return model
 
@@ -122,7 +119,7 @@ def _reason(error: BaseException) -> str:
 def _clean(model: onnx.ModelProto) -> None:
     """Takes out what torch.onnx says about itself and adds module paths."""
     model.producer_name, model.producer_version = "lowprec", lowprec.__version__
-    model.ir_version = min(model.ir_version, MAX_IR_VERSION)
+    model.ir_version = ir_version_for(model)
     model.graph.name = "network"
     del model.metadata_props[:]
     del model.graph.metadata_props[:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lowprec.cli import parity_table
+from lowprec.cli.free_axes import free_axes
 from lowprec.cli.terminal import note, progress, say
 
 
@@ -27,6 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DATA",
         help="digits, a folder of images, or an .npz (default: the run's own data; for an .onnx file random inputs)",
     )
+    parser.add_argument(
+        "--dynamic",
+        nargs="+",
+        metavar="INPUT:AXES",
+        help="free axes of a module's inputs, as image:0=batch,2=height,3=2*height (default: a free batch on axis 0)",
+    )
+    parser.add_argument(
+        "--opset", type=int, metavar="N", help="ONNX operator set (default: 20 for a module, a file's own for a file)"
+    )
     parser.add_argument("--json", action="store_true", help="print the parity report as one JSON document")
 
 
@@ -45,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
             precision=args.precision,
             targets=args.target,
             calibration=samples,
+            dynamic_shapes=free_axes(args.dynamic),
+            opset=args.opset,
             facts={"source": source.name, **source.facts},
             progress=report_progress,
         )

@@ -49,8 +49,8 @@ class Examples:
     def axis_names(self, lengths: Mapping[str, Sequence[Any]]) -> dict[str, dict[int, str]]:
         """Names of the free axes of each tensor input; axes that are always equally long share one.
 
-        A name given as such or with `Dim("name")` is kept. Else the first free first axis is `batch`, and others are called by
-        their input and number.
+        A name given as such or with `Dim("name")` is kept. Else the first free first axis is `batch`, and others are
+        called by their input and number.
 
         Args:
             lengths: the traced shape of each tensor input, an int where it is fixed.
