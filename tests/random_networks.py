@@ -355,11 +355,19 @@ def _conv_source(d: Drawing, value: Tensor, keeps_shape: bool = False, plain: bo
         widest = [(length + 2 * padding - 1) // dilation + 1 for length in space]
         kernel = [d.choose([k for k in (1, 2, 3) if k <= most]) for most in widest]
         stride = d.choose([1, 1, 2])
+        if any(_misses(length, k, stride, padding, dilation) for length, k in zip(space, kernel, strict=True)):
+            stride = 1
     given = {"groups": groups, "stride": stride, "padding": padding, "dilation": dilation, "padding_mode": mode}
     plain_values = {"groups": 1, "stride": 1, "padding": 0, "dilation": 1, "padding_mode": "zeros"}
     rest = [f", {name}={value!r}" for name, value in given.items() if value != plain_values[name]]
     bias = "" if d.perhaps() else ", bias=False"
     return f"nn.Conv{axes}d({channels}, {outputs}, {tuple(kernel)}{''.join(rest)}{bias})"
+
+
+def _misses(length: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
+    """Whether no window along an axis reads anything but padding; torch 2.13's float32 convolutions may crash there."""
+    places = range(-padding, length + padding - dilation * (kernel - 1), stride)
+    return not any(0 <= place + dilation * tap < length for place in places for tap in range(kernel))
 
 
 @kind(_is_narrow, weight=3)
