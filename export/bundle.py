@@ -36,7 +36,13 @@ FOLD = "fold.json"
 PARITY = "parity.json"
 REPORT = "report.html"
 
-ONNX_BY_PRECISION: dict[Precision, str] = {"fp32": "model.onnx", "fp16": "model.fp16.onnx"}
+ONNX_BY_PRECISION: dict[Precision, str] = {
+    "fp32": "model.onnx",
+    "fp16": "model.fp16.onnx",
+    "bf16": "model.bf16.onnx",
+    "mixed": "model.mixed.onnx",
+    "int8": "model.int8.onnx",
+}
 """File name of the ONNX artefact of each precision; fp32 is always written."""
 
 _PACKAGES = ("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "tensorrt-rtx", "safetensors")

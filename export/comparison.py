@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import onnx
-
 from lowprec.data import Samples, load_data
 from lowprec.errors import ArtifactError
 from lowprec.export.backends import BACKENDS
@@ -21,9 +19,11 @@ from lowprec.export.float64 import Float64Graph
 from lowprec.export.golden import Golden
 from lowprec.export.onnx_files import load_onnx
 from lowprec.export.parity import Limits, ParityReport
+from lowprec.export.parity.storage import Storage, format_of_precision
 from lowprec.export.stages import Artefact, judged, run_batched, run_stages
+from lowprec.export.storage import storage_of
 from lowprec.export.truth import choose_samples, golden_from_onnx, golden_from_trace
-from lowprec.formats import FP32, format_named
+from lowprec.formats import FORMATS, FP32
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,8 +67,8 @@ def compare(
     """
     samples = data if isinstance(data, Samples) else load_data(data)
     left, right = _side(reference, "reference"), _side(candidate, "candidate")
-    allowed = format_named(precision).name if precision else _declared_precision(right)
-    golden = _golden(left, samples, allowed)
+    storage = _allowed(right, precision)
+    golden, allowed = _golden(left, samples, storage), storage.name
     if right.onnx_path is not None:
         artefact = Artefact(right.name, right.onnx_path, allowed)
         stages = run_stages([artefact], golden, BACKENDS, limits, progress)
@@ -96,9 +96,9 @@ def _side(model: str | Path | nn.Module, role: str) -> _Side:
     return _Side(type(model).__name__, source=Source(role, model))
 
 
-def _golden(side: _Side, samples: Samples, precision: str) -> Golden:
+def _golden(side: _Side, samples: Samples, storage: Storage) -> Golden:
     if side.onnx_path is not None:
-        return golden_from_onnx(side.onnx_path, samples, {precision})
+        return golden_from_onnx(side.onnx_path, samples, [storage])
     from lowprec.export.emit import emit_onnx
     from lowprec.export.folding import fold_traced, trace
 
@@ -106,18 +106,17 @@ def _golden(side: _Side, samples: Samples, precision: str) -> Golden:
     traced = trace(side.source.module, side.source.inputs_for(samples))
     folded, _ = fold_traced(traced)
     feeds, labels = choose_samples(samples, traced.input_names)
-    return golden_from_trace(traced, Float64Graph(emit_onnx(folded, traced)), feeds, labels, {precision})
+    return golden_from_trace(traced, Float64Graph(emit_onnx(folded, traced)), feeds, labels, [storage])
 
 
-def _declared_precision(side: _Side) -> str:
-    """The narrowest floating type that a model stores weights in; fp32 when it has none."""
+def _allowed(side: _Side, precision: str | None) -> Storage:
+    """How the candidate may store its values: in one format where that is named, else as it says itself."""
+    if precision is not None and (precision in FORMATS or side.onnx_path is None):
+        return Storage.of(format_of_precision(precision))
     if side.onnx_path is not None:
-        model = load_onnx(side.onnx_path)
-        found = {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer}
-        names = {"FLOAT16": "fp16", "BFLOAT16": "bf16", "FLOAT": "fp32", "DOUBLE": "fp64"}
-    else:
-        assert side.source is not None
-        found = {str(p.dtype).removeprefix("torch.") for p in side.source.module.parameters()}
-        names = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
-    formats = [format_named(names[name]) for name in found if name in names]
-    return min(formats, key=lambda fmt: fmt.precision, default=FP32).name
+        return storage_of(load_onnx(side.onnx_path), precision)
+    assert side.source is not None
+    found = {str(parameter.dtype).removeprefix("torch.") for parameter in side.source.module.parameters()}
+    names = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
+    formats = [FORMATS[names[name]] for name in found if name in names]
+    return Storage.of(min(formats, key=lambda fmt: fmt.precision, default=FP32))

@@ -9,7 +9,7 @@ import onnx
 
 from lowprec.calibration.record import Calibration
 from lowprec.errors import UnsupportedError
-from lowprec.export.backends.ort import half_types
+from lowprec.export.backends.arithmetic import half_types
 from lowprec.export.emit.opset import in_opset
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.folding.from_onnx.feeds import random_samples

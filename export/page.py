@@ -58,5 +58,6 @@ def _stages(part: Part) -> list[dict[str, Any]]:
             "bar": max(1.0, min(100.0, 50.0 * rho.value / rho.limit)) if rho and rho.value and rho.limit else None,
         }
         for stage in part.parity.stages
+        if stage.backend not in part.parity.absent
         for rho in [stage.worst("rho") or stage.worst("nodes")]
     ]

@@ -1,12 +1,13 @@
 """`export`: read -> fold -> emit -> round -> build -> judge, into one bundle.
 
-The order is the order of the waterfall: each step is judged against the float64 truth at the limit that fits it, the
-fold in float64, everything after it at the rounding-noise floor of its own precision. What differs between a module and
-an ONNX file is the `Network` that stands at the beginning.
+Each step is judged against the float64 truth at the limit that fits it, the fold in float64, everything after it at
+the rounding-noise floor of its own precision. What differs between a module and an ONNX file is the `Network` that
+stands at the beginning; what differs between precisions is what `Narrowing` makes of the one float32 graph.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +22,20 @@ from lowprec.export import bundle as layout
 from lowprec.export.backends import BACKENDS, BuildOptions
 from lowprec.export.backends.base import Precision
 from lowprec.export.bundle import Bundle, is_bundle, open_bundle, provenance, write_manifest
-from lowprec.export.emit import convert_precision
+from lowprec.export.emit.keep import KeepList, keep_list
+from lowprec.export.emit.narrowing import Narrowing
+from lowprec.export.emit.quantise import check_quantiser
 from lowprec.export.engines import ENGINE_TARGETS, build_engine, check_targets
 from lowprec.export.external_data import write_model
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.folding.accuracy import MAX_FLOAT64_ERROR
-from lowprec.export.networks import Network, feeds_from, network_of
+from lowprec.export.networks import Feeds, Network, feeds_from, network_of
 from lowprec.export.page import Part, render_page
 from lowprec.export.parity import Check, Limits, ParityReport, Stage
+from lowprec.export.parity.storage import Storage
 from lowprec.export.stages import Artefact, run_stages
+from lowprec.export.storage import storage_of
 from lowprec.export.truth import golden_from
-from lowprec.formats import format_named
 from lowprec.report import ChangeReport
 
 if TYPE_CHECKING:
@@ -42,15 +46,17 @@ Progress = Callable[[int, int], None]
 TARGETS = ("onnx", *ENGINE_TARGETS)
 DEFAULT_LIMITS = Limits()
 
-_STEPS = 8
+_STEPS = 7
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What was asked for, checked before the first slow step."""
+    """What was asked for, checked before the first slow step; engines are built from the precision named last."""
 
     precisions: tuple[Precision, ...]
     engines: tuple[str, ...]
+    built_from: Precision
+    narrowing: Narrowing
 
 
 def export(
@@ -63,6 +69,9 @@ def export(
     dynamic_shapes: Any = None,
     *,
     opset: int | None = None,
+    keep: KeepList | str | Path | Sequence[str] | None = None,
+    narrow_io: bool | Sequence[str] = False,
+    build: BuildOptions | None = None,
     facts: dict[str, Any] | None = None,
     limits: Limits = DEFAULT_LIMITS,
     progress: Progress | None = None,
@@ -73,26 +82,29 @@ def export(
         model: a module in evaluation mode, an ONNX file, or an ONNX model in memory; untouched.
         example_inputs: as `torch.export` takes them; None for an ONNX model, whose inputs say what they are.
         folder: the bundle; an earlier bundle of that name is replaced, anything else refused.
-        precision: `fp16`, `fp32`, or several; fp32 is always written.
-        targets: `onnx`, `tensorrt-rtx`; an engine is built from the narrowest precision asked for.
+        precision: one or several of `fp32`, `fp16`, `bf16`, `mixed`, `int8`; fp32 is always written.
+        targets: `onnx`, `tensorrt-rtx`; an engine is built from the precision that is named last.
         calibration: samples that the golden file and the ranges are taken from; when None the example inputs, and
             random ones where there are none.
         dynamic_shapes: for a module, as `torch.export` takes them or with names of axes, `{"x": {0: "batch", 2:
             "height"}}`; by default the leading axis is a dynamic batch.
         opset: the ONNX operator set to write: 18 or newer for a module (by default 20), by default a file's own.
+        keep: nodes that stay float32: a keep-list, its file, or entries such as `op:Softmax`; see `emit.keep`.
+        narrow_io: the floating inputs and outputs that are half where the artefact is: all, or these.
+        build: what engines are built for; its precision is that of their ONNX file.
         facts: provenance for the manifest.
         limits: the bands of the verdict.
         progress: called with (done, total) steps.
 
     Raises:
-        ConfigError: an unknown precision or target.
-        MissingDependencyError: a target's package is not installed.
+        ConfigError: an unknown precision or target, or a keep-list that matches nothing.
+        MissingDependencyError: the package of a target, or of int8, is not installed.
         FoldError: the network cannot be traced.
         ArtifactError: the folder holds something else, or the ONNX file is damaged.
         UnsupportedError: the ONNX model is not float32, or cannot be evaluated.
     """
     folder = Path(folder)
-    plan = _plan(precision, targets)
+    plan = _plan(precision, targets, Narrowing(None if keep is None else keep_list(keep), narrow_io))
     check_replaceable(folder, "a bundle", is_bundle)
     step = _counter(progress)
     network = network_of(model, example_inputs, dynamic_shapes, opset)
@@ -101,15 +113,16 @@ def export(
     with new_folder(folder, "a bundle", is_bundle) as work:
         fold_report = network.fold(given, work)
         step()
-        models = _rounded(network.emit(work / layout.ONNX_BY_PRECISION["fp32"]), plan)
-        step()
+        model = network.emit(work / layout.ONNX_BY_PRECISION["fp32"])
         data = given or network.own_feeds()
-        golden = golden_from(network.run, Float64Graph(models["fp32"]), data.inputs, data.labels, plan.precisions)
         step()
-        artefacts = _write_models(work, models, plan)
+        artefacts, storages, wide = _write_models(work, model, data, plan)
+        artefacts += _build_engines(artefacts, plan, build or BuildOptions())
+        step()
+        golden = golden_from(network.run, Float64Graph(model), data.inputs, data.labels, storages)
         step()
         golden.save(work / layout.GOLDEN)
-        write_json(work / layout.CALIBRATION, network.ranges(golden.inputs).to_dict())
+        write_json(work / layout.CALIBRATION, network.ranges(golden.inputs).to_dict() | {"wide": wide})
         bound = {"model_onnx_sha256": sha256_of(work / "model.onnx"), "limit": MAX_FLOAT64_ERROR}
         write_json(work / layout.FOLD, fold_report.to_dict() | bound)
         step()
@@ -126,7 +139,7 @@ def export(
     return open_bundle(folder)
 
 
-def _plan(precision: str | Sequence[str], targets: Sequence[str]) -> _Plan:
+def _plan(precision: str | Sequence[str], targets: Sequence[str], narrowing: Narrowing) -> _Plan:
     asked = (precision,) if isinstance(precision, str) else tuple(precision)
     wanted = (targets,) if isinstance(targets, str) else tuple(targets)
     for name in asked:
@@ -135,28 +148,39 @@ def _plan(precision: str | Sequence[str], targets: Sequence[str]) -> _Plan:
     for name in wanted:
         if name not in TARGETS:
             raise ConfigError(f"unknown target {name!r}; choose from {', '.join(TARGETS)}")
+    if "int8" in asked:
+        check_quantiser()
     engines = tuple(name for name in ENGINE_TARGETS if name in wanted)
     check_targets(engines)
     precisions = tuple(name for name in layout.ONNX_BY_PRECISION if name == "fp32" or name in asked)
-    return _Plan(precisions, engines)
+    last = next(name for name in layout.ONNX_BY_PRECISION if name == (asked[-1] if asked else "fp32"))
+    return _Plan(precisions, engines, last, narrowing)
 
 
-def _rounded(model: onnx.ModelProto, plan: _Plan) -> dict[Precision, onnx.ModelProto]:
-    models: dict[Precision, onnx.ModelProto] = {"fp32": model}
-    for name in plan.precisions[1:]:
-        models[name], _ = convert_precision(model, format_named(name))
-    return models
+def _write_models(
+    work: Path, model: onnx.ModelProto, data: Feeds, plan: _Plan
+) -> tuple[list[Artefact], list[Storage], dict[str, dict[str, str]]]:
+    """Writes the graph in each precision; how each stores its values; which nodes stay float32, by place, and why."""
+    artefacts, storages, wide = [], [], dict[str, dict[str, str]]()
+    first = work / layout.ONNX_BY_PRECISION["fp32"]
+    if plan.narrowing.keep is not None:
+        plan.narrowing.keep.check(model)
+    for precision in plan.precisions:
+        path = work / layout.ONNX_BY_PRECISION[precision]
+        stored = model
+        if precision != "fp32":
+            stored, report = plan.narrowing.in_precision(precision, model, first, data.inputs)
+            wide[precision] = {row.name: row.reason for row in report.refused}
+        write_model(path, stored)
+        artefacts.append(Artefact(path.name, path, precision))
+        storages.append(storage_of(stored, precision))
+    return artefacts, storages, wide
 
 
-def _write_models(work: Path, models: dict[Precision, onnx.ModelProto], plan: _Plan) -> list[Artefact]:
-    artefacts = []
-    for precision, model in models.items():
-        name = layout.ONNX_BY_PRECISION[precision]
-        write_model(work / name, model)
-        artefacts.append(Artefact(name, work / name, precision))
-    narrowest, source = plan.precisions[-1], artefacts[-1]
-    artefacts += [build_engine(target, source, BuildOptions(precision=narrowest)) for target in plan.engines]
-    return artefacts
+def _build_engines(artefacts: list[Artefact], plan: _Plan, options: BuildOptions) -> list[Artefact]:
+    source = next(artefact for artefact in artefacts if artefact.precision == plan.built_from)
+    built_for = dataclasses.replace(options, precision=plan.built_from)
+    return [build_engine(target, source, built_for) for target in plan.engines]
 
 
 def _fold_stage(network: Network, report: ChangeReport) -> Stage:

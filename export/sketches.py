@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from lowprec.errors import ArtifactError
 from lowprec.export.float64 import Float64Graph, Kind, Visit
 from lowprec.export.parity.floor import DRAWS, RoundingDraw, rms
+from lowprec.export.parity.storage import Storage
 from lowprec.export.tensors import fixed_batch
-from lowprec.formats import FP32, format_named
+from lowprec.formats import FP32
 
 SAMPLES = 4
 PROJECTIONS = 8
@@ -57,19 +58,19 @@ class Sketches:
         return cls(tuple(str(name) for name in names), values, floors)
 
 
-def take_sketches(graph: Float64Graph, inputs: Arrays, precisions: Collection[str]) -> Sketches:
+def take_sketches(graph: Float64Graph, inputs: Arrays, storages: Collection[Storage]) -> Sketches:
     """Sketches of a network on the first samples of its inputs, and how far rounding noise moves each of them."""
     feeds = _first(graph, inputs)
     exact = _project(graph, feeds)
     names = tuple(exact)
     floors = {}
-    for precision in precisions:
+    for storage in storages:
         squares = np.zeros(len(names))
         for draw in range(DRAWS):
-            noise = RoundingDraw(format_named(precision), FP32, 0, draw, 0)
+            noise = RoundingDraw(storage, FP32, 0, draw, 0)
             moved = _project(graph, feeds, noise)
             squares += [rms(moved[name] - exact[name]) ** 2 for name in names]
-        floors[precision] = np.sqrt(squares / DRAWS)
+        floors[storage.name] = np.sqrt(squares / DRAWS)
     shape = (len(names), len(next(iter(feeds.values()))), PROJECTIONS)
     return Sketches(names, np.array([exact[name] for name in names]).reshape(shape), floors)
 

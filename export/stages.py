@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from lowprec.errors import DataError, LowprecError, MissingDependencyError, UnsupportedError
+from lowprec.errors import DataError, LowprecError, MissingDependencyError, NoKernelError, UnsupportedError
 from lowprec.export.backends import BACKENDS, Backend, EngineBackend, Session, backend_named
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.golden import Golden
@@ -92,9 +93,12 @@ def _run_stage(artefact: Artefact, name: str, backend: Backend, golden: Golden, 
     try:
         session = backend.open(artefact.path)
         outputs = run_batched(session, golden.inputs)
+    except NoKernelError as error:
+        return Stage(title, artefact.name, name, "-", status="not available here", reason=str(error))
     except UnsupportedError as error:
         return Stage(title, artefact.name, name, "-", status="failed to run", reason=str(error))
-    return judged(title, artefact.name, name, session.arithmetic, outputs, golden, artefact.precision, limits)
+    stage = judged(title, artefact.name, name, session.arithmetic, outputs, golden, artefact.precision, limits)
+    return dataclasses.replace(stage, placement=session.placement)
 
 
 def _node_stages(artefact: Artefact, golden: Golden, limits: Limits, suffix: str) -> list[Stage]:

@@ -16,9 +16,9 @@ from lowprec.export.golden import MAX_SAMPLES, Golden
 from lowprec.export.onnx_files import load_onnx
 from lowprec.export.parity import noise_floor
 from lowprec.export.parity.floor import DRAWS
+from lowprec.export.parity.storage import Storage
 from lowprec.export.sketches import take_sketches
 from lowprec.export.tensors import check_feeds, fixed_batch
-from lowprec.formats import format_named
 
 if TYPE_CHECKING:
     from lowprec.export.folding import Traced
@@ -32,19 +32,19 @@ MAX_WORK = 10**12
 """Multiply-adds spent on the floors of one network: a minute or so on two cores, at 10 to 20 per nanosecond."""
 
 
-def golden_from_onnx(path: Path, data: str | Samples, precisions: Collection[str]) -> Golden:
+def golden_from_onnx(path: Path, data: str | Samples, storages: Collection[Storage]) -> Golden:
     """Truth and floors of an ONNX file on at most `MAX_SAMPLES` samples of the data."""
     graph = Float64Graph(load_onnx(path))
     samples = data if isinstance(data, Samples) else load_data(data)
     feeds, labels = choose_samples(samples, [spec.name for spec in graph.inputs])
-    return golden_from(graph.run, graph, feeds, labels, precisions)
+    return golden_from(graph.run, graph, feeds, labels, storages)
 
 
 def golden_from_trace(
-    traced: Traced, graph: Float64Graph, feeds: Arrays, labels: NDArray[np.int64] | None, precisions: Collection[str]
+    traced: Traced, graph: Float64Graph, feeds: Arrays, labels: NDArray[np.int64] | None, storages: Collection[Storage]
 ) -> Golden:
     """Truth from the traced, unfolded network; floors from `graph`, the network as it is emitted."""
-    return golden_from(lambda block: run_traced(traced, block), graph, feeds, labels, precisions)
+    return golden_from(lambda block: run_traced(traced, block), graph, feeds, labels, storages)
 
 
 def run_traced(traced: Traced, feeds: Arrays) -> Arrays:
@@ -61,7 +61,7 @@ def golden_from(
     graph: Float64Graph,
     feeds: Arrays,
     labels: NDArray[np.int64] | None,
-    precisions: Collection[str],
+    storages: Collection[Storage],
 ) -> Golden:
     """The golden samples of a network.
 
@@ -70,13 +70,13 @@ def golden_from(
         graph: the network as it is emitted, which floors and sketches are taken of.
         feeds: samples along axis 0 of every input.
         labels: class per sample, or None.
-        precisions: what floors are wanted for.
+        storages: what floors are wanted for.
 
     Raises:
         DataError: the feeds do not fit the network, or an output has no row per sample.
     """
     feeds, labels = _whole_batches(graph, feeds, labels)
-    feeds, labels = _affordable(graph, feeds, labels, len(precisions))
+    feeds, labels = _affordable(graph, feeds, labels, len(storages))
     total, size = len(next(iter(feeds.values()))), fixed_batch(graph.inputs) or _BATCH
     blocks = []
     for start in range(0, total, size):
@@ -84,7 +84,7 @@ def golden_from(
         blocks.append(run(block))
         _check_rows(blocks[-1], min(size, total - start))
     outputs = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    return _with_floors(Golden(feeds, outputs, labels), graph, precisions)
+    return _with_floors(Golden(feeds, outputs, labels), graph, storages)
 
 
 def _whole_batches(
@@ -112,14 +112,14 @@ def _check_rows(outputs: Arrays, samples: int) -> None:
             )
 
 
-def _with_floors(golden: Golden, graph: Float64Graph, precisions: Collection[str]) -> Golden:
-    floors = {p: noise_floor(graph, golden.inputs, format_named(p)) for p in sorted(precisions)}
-    sketches = take_sketches(graph, golden.inputs, precisions)
+def _with_floors(golden: Golden, graph: Float64Graph, storages: Collection[Storage]) -> Golden:
+    floors = {storage.name: noise_floor(graph, golden.inputs, storage) for storage in storages}
+    sketches = take_sketches(graph, golden.inputs, storages)
     return Golden(golden.inputs, golden.outputs, golden.labels, floors, sketches)
 
 
 def _affordable(
-    graph: Float64Graph, feeds: Arrays, labels: NDArray[np.int64] | None, precisions: int
+    graph: Float64Graph, feeds: Arrays, labels: NDArray[np.int64] | None, storages: int
 ) -> tuple[Arrays, NDArray[np.int64] | None]:
     """The samples that truth and floors are taken on: all, or the first that `MAX_WORK` pays for.
 
@@ -134,7 +134,7 @@ def _affordable(
 
     size = fixed_batch(graph.inputs) or 1
     graph.run({name: array[:size] for name, array in feeds.items()}, add_work)
-    affordable = size * MAX_WORK // max(1, work * precisions * (DRAWS + 1))
+    affordable = size * MAX_WORK // max(1, work * storages * (DRAWS + 1))
     count = -(-max(MIN_SAMPLES, affordable) // size) * size
     return {name: array[:count] for name, array in feeds.items()}, None if labels is None else labels[:count]
 

@@ -11,8 +11,10 @@ from lowprec.export import bundle as layout
 from lowprec.export.backends import Backend
 from lowprec.export.bundle import Bundle, open_bundle
 from lowprec.export.golden import Golden
+from lowprec.export.onnx_files import load_onnx
 from lowprec.export.parity import Check, Limits, ParityReport, Stage
 from lowprec.export.stages import Artefact, choose_backends, run_stages
+from lowprec.export.storage import storage_of
 from lowprec.export.truth import golden_from_onnx
 
 DEFAULT_LIMITS = Limits()
@@ -48,7 +50,10 @@ def verify(
         _require_work(opened, artefacts, chosen)
     stages = [_evidence(opened), *run_stages(artefacts, golden, chosen, limits, progress)]
     if data is not None:
-        wider = golden_from_onnx(opened.path("model.onnx"), data, {artefact.precision for artefact in artefacts})
+        storages = [
+            storage_of(load_onnx(opened.path(name)), precision) for precision, name in opened.onnx_artefacts.items()
+        ]
+        wider = golden_from_onnx(opened.path("model.onnx"), data, storages)
         stages += run_stages(artefacts, wider, chosen, limits, progress, suffix=f" on {Path(data).name}")
     return ParityReport(tuple(stages), facts={"bundle": str(opened.folder), "manifest_sha256": opened.manifest_sha256})
 

@@ -15,6 +15,10 @@ class UnsupportedError(LowprecError):
     """What was asked is outside what the library does; the message names the nearest thing that it does."""
 
 
+class NoKernelError(UnsupportedError):
+    """A backend lacks an operator in an element type: it says nothing against the artefact."""
+
+
 class ConfigError(LowprecError):
     """A config, an option or a name in a table is wrong."""
 

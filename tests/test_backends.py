@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from reference_parity import cnn, digits, graph_of, half_typed, trained_weights
 
 from lowprec.errors import ArtifactError, ConfigError, DataError, MissingDependencyError, UnsupportedError
-from lowprec.export.backends import BACKENDS, BuildOptions, EngineBackend, backend_named, ort
+from lowprec.export.backends import BACKENDS, BuildOptions, EngineBackend, arithmetic, backend_named, ort
 from lowprec.export.backends.eager import forward_names, named_outputs
 from lowprec.export.backends.rtx import COMPUTE_LAYERS, TensorRTRTX, TypedLayer, audit
 from lowprec.export.float64 import Float64Graph
@@ -58,6 +58,9 @@ ARTEFACTS = {
     "torch": lambda files, weights: Twin(weights).eval(),
     "reference": lambda files, weights: files / "fp32.onnx",
     "onnxruntime": lambda files, weights: str(files / "fp32.onnx"),
+    "onnxruntime-cuda": lambda files, weights: files / "fp32.onnx",
+    "onnxruntime-tensorrt": lambda files, weights: files / "fp32.onnx",
+    "openvino": lambda files, weights: files / "fp32.onnx",
     "tensorrt-rtx": None,
 }
 
@@ -121,7 +124,7 @@ def test_backends_take_floats_of_any_width(session):
     np.testing.assert_array_equal(narrow, wide)
 
 
-@pytest.mark.parametrize("name", ["reference", "onnxruntime"])
+@pytest.mark.parametrize("name", ["reference", "onnxruntime", "openvino"])
 def test_missing_and_damaged_files_are_one_line(name, tmp_path):
     with pytest.raises(ArtifactError, match="there is no such file"):
         BACKENDS[name].open(tmp_path / "none.onnx")
@@ -153,13 +156,13 @@ def test_types_of_products_are_read_and_not_assumed():
         helper.make_node("MatMul", ["w", "w"], ["y"]),
     ]
     model = graph_of(nodes, {"x": [2, 2]}, {"y": [2, 2]})
-    computed = ort.product_types(model)
+    computed = arithmetic.product_types(model)
     assert computed == {"float16": 1, "float": 1}
-    assert ort.half_types(model) == {"float16"}
-    text = ort.describe({"float16"}, computed)
+    assert arithmetic.half_types(model) == {"float16"}
+    text = arithmetic.describe({"float16"}, computed)
     assert text == "float16 storage on the CPU (products: 1 in float, 1 in float16)"
-    assert "no convolution" in ort.describe({"bfloat16"}, ort.product_types(graph_of([], {}, {})))
-    assert ort.half_types(graph_of([], {}, {})) == set()
+    assert "no convolution" in arithmetic.describe({"bfloat16"}, arithmetic.product_types(graph_of([], {}, {})))
+    assert arithmetic.half_types(graph_of([], {}, {})) == set()
 
 
 def test_a_silent_fallback_is_a_failure():

@@ -22,6 +22,11 @@ from lowprec.formats import BF16, FP16, FP32
 NARROW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
+def kept(*operators):
+    """Keeps nodes by the type of their operator."""
+    return lambda node: "kept wide as asked" if node.op_type in operators else None
+
+
 class Block(nn.Module):
     def __init__(self, channels):
         super().__init__()
@@ -243,7 +248,7 @@ class TestConvertPrecision:
             assert (raw == expected.view(np.uint16).ravel()).all()
 
     def test_kept_nodes_are_wide_and_data_movement_between_them_too(self, model, fmt):
-        mixed, report = convert_precision(model, fmt, keep=lambda node: node.op_type in ("Gemm", "Softmax"))
+        mixed, report = convert_precision(model, fmt, keep=kept("Gemm", "Softmax"))
         types = element_types(mixed)
         for node in mixed.graph.node:
             if node.op_type in ("Gemm", "Reshape", "Softmax"):
@@ -255,7 +260,7 @@ class TestConvertPrecision:
         assert types["fc.weight"] == TensorProto.FLOAT
 
     def test_tensorrt_parses_it_strongly_typed(self, model, fmt):
-        for keep in (None, lambda node: node.op_type == "Gemm"):
+        for keep in (None, kept("Gemm")):
             assert parse_strongly_typed(convert_precision(model, fmt, keep)[0]) == []
 
     def test_same_bytes_twice(self, model, fmt):
@@ -266,7 +271,7 @@ class TestConvertPrecision:
         model = small(
             [("Relu", ["x"], ["a"]), ("Exp", ["a"], ["b"]), ("Sin", ["a"], ["c"]), ("Add", ["b", "c"], ["y"])]
         )
-        mixed, report = convert_precision(model, fmt, keep=lambda node: node.op_type in ("Exp", "Add"))
+        mixed, report = convert_precision(model, fmt, keep=kept("Exp", "Add"))
         # x down, a up once for Exp (Sin reads it narrow), c up for Add, whose result is the output as it is.
         casts = [(node.input[0], node.output[0]) for node in mixed.graph.node if node.op_type == "Cast"]
         assert len(casts) == len({source for source, _ in casts}) == report.facts["casts"] == 3
@@ -318,8 +323,8 @@ def test_overflow_is_refused_and_names_the_constant():
     model = small([("Mul", ["x", "k"], ["y"])], [("k", [1.0, 2.0, -1e5, 7e4])])
     with pytest.raises(UnsupportedError, match=r"constant 'k' does not fit in fp16: 2 of 4 values overflow.*1e\+05"):
         convert_precision(model, FP16)
-    kept, _ = convert_precision(model, FP16, keep=lambda node: node.op_type == "Mul")
-    assert [node.op_type for node in kept.graph.node] == ["Mul"]
+    mixed, _ = convert_precision(model, FP16, keep=kept("Mul"))
+    assert [node.op_type for node in mixed.graph.node] == ["Mul"]
     assert convert_precision(model, BF16)[1].facts["subnormal"] == 0
 
 
@@ -340,7 +345,7 @@ def test_infinite_constants_stay_infinite():
 
 def test_a_constant_wanted_in_both_types_is_there_in_both():
     model = small([("Mul", ["x", "k"], ["a"]), ("Add", ["a", "k"], ["y"])], [("k", [0.1, 0.2, 0.3, 0.4])])
-    mixed, _ = convert_precision(model, FP16, keep=lambda node: node.op_type == "Add")
+    mixed, _ = convert_precision(model, FP16, keep=kept("Add"))
     kinds = {tensor.name: tensor.data_type for tensor in mixed.graph.initializer}
     assert kinds == {"k": TensorProto.FLOAT16, "k_fp32": TensorProto.FLOAT}
     onnx.checker.check_model(mixed, full_check=True)

@@ -23,7 +23,7 @@ CLOSE = 16 * FP64.unit_roundoff  # a handful of float64 operations
 
 
 def context(floor, labels=None, storage=FP32, **limits):
-    return Context(np.asarray(floor, np.float64), storage, Limits(**limits), labels)
+    return Context(np.asarray(floor, np.float64), storage.name, Limits(**limits), labels)
 
 
 # --- each metric by hand --------------------------------------------------------------------------------------------

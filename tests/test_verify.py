@@ -15,8 +15,10 @@ from lowprec.export.bundle import open_bundle
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.golden import Golden
 from lowprec.export.onnx_files import module_path
+from lowprec.export.parity.storage import Storage
 from lowprec.export.sketches import Sketches, deviations
 from lowprec.export.stages import match_names
+from lowprec.formats import FP16
 
 WITHOUT_TORCH = """
 import sys
@@ -218,7 +220,7 @@ def test_forged_records_are_never_a_traceback(bundle, command, name, content):
 def test_large_networks_take_fewer_golden_samples(monkeypatch, bundle):
     """The floor's work is bounded by counting multiply-adds, here a budget that pays for no more than the minimum."""
     monkeypatch.setattr(truth, "MAX_WORK", 1)
-    golden = truth.golden_from_onnx(bundle / "model.onnx", "digits", {"fp16"})
+    golden = truth.golden_from_onnx(bundle / "model.onnx", "digits", [Storage.of(FP16)])
     assert golden.samples == truth.MIN_SAMPLES == len(golden.labels)
 
 

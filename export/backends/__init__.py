@@ -7,15 +7,36 @@ import difflib
 from lowprec.errors import ConfigError
 from lowprec.export.backends.base import Backend, BuildOptions, EngineBackend, Session
 from lowprec.export.backends.eager import Eager
+from lowprec.export.backends.openvino import OpenVINO
 from lowprec.export.backends.ort import OnnxRuntime
 from lowprec.export.backends.reference import Reference
 from lowprec.export.backends.rtx import TensorRTRTX
 
 __all__ = ["BACKENDS", "Backend", "BuildOptions", "EngineBackend", "Session", "backend_named"]
 
-BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Eager(), Reference(), OnnxRuntime(), TensorRTRTX())
-}
+_ALL: tuple[Backend, ...] = (
+    Eager(),
+    Reference(),
+    OnnxRuntime("onnxruntime", "ONNX on onnxruntime's CPU provider", "CPUExecutionProvider", "cpu"),
+    OnnxRuntime(
+        "onnxruntime-cuda",
+        "ONNX on onnxruntime's CUDA provider, TF32 off",
+        "CUDAExecutionProvider",
+        "gpu",
+        {"use_tf32": "0"},
+        "on the GPU, no TF32",
+    ),
+    OnnxRuntime(
+        "onnxruntime-tensorrt",
+        "ONNX on onnxruntime's TensorRT provider",
+        "TensorrtExecutionProvider",
+        "gpu",
+        device="on the GPU, by TensorRT",
+    ),
+    OpenVINO(),
+    TensorRTRTX(),
+)
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 
 
 def backend_named(name: str) -> Backend:

@@ -28,12 +28,20 @@ class Session(ABC):
         inputs: what it takes.
         outputs: what it returns.
         arithmetic: the arithmetic of this very artefact on this backend, in words.
+        placement: how many nodes run where, by device or execution provider; empty where nobody says.
     """
 
-    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], arithmetic: str) -> None:
+    def __init__(
+        self,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        arithmetic: str,
+        placement: Mapping[str, int] | None = None,
+    ) -> None:
         self.inputs = inputs
         self.outputs = outputs
         self.arithmetic = arithmetic
+        self.placement = dict(placement or {})
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Outputs by name for one batch.

@@ -1,40 +1,50 @@
-"""The backend "onnxruntime": ONNX on the CPU provider, with its real arithmetic said aloud.
+"""The onnxruntime backends: one per execution provider, each with its real arithmetic and placement said aloud.
 
-onnxruntime does two things in silence: a provider that fails to load is replaced by the CPU, and half-precision
-operators that the CPU lacks are computed in float32 between casts. So the providers are read back after loading, and
-for models that hold half values the optimised graph is read to see what each product is really computed in.
+onnxruntime falls back in silence three ways: a provider that fails to load is replaced by the CPU, single nodes that it
+lacks go to the CPU, and half-precision operators are computed in float32 between casts. So the providers are read back
+after loading, the placement of every node is recorded and judged, and for models that store narrow values the optimised
+graph is read to see what each product is really computed in.
 """
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx.external_data_helper import uses_external_data
 
-from lowprec.errors import MissingDependencyError, UnsupportedError
+from lowprec.errors import MissingDependencyError, NoKernelError, UnsupportedError
+from lowprec.export.backends.arithmetic import describe, narrow_storage, product_types
 from lowprec.export.backends.base import OnnxBackend, Session, narrowed, onnx_model
-from lowprec.export.onnx_files import first_line, graphs_of
+from lowprec.export.onnx_files import first_line
 from lowprec.export.tensors import specs_of
 from lowprec.packages import is_installed
 
-# Operators whose sums decide the error of a network; Fused* are onnxruntime's own fusions of them.
-PRODUCT_OPS = frozenset({"Conv", "ConvTranspose", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"})
-HALVES = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+CPU = "CPUExecutionProvider"
+# What providers leave to the CPU on purpose: arithmetic on shapes, a few numbers each.
+_SHAPE_OPS = frozenset(
+    {"Add", "Cast", "Ceil", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Floor", "Gather"}
+    | {"Identity", "Max", "Min", "Mod", "Mul", "Range", "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Squeeze"}
+    | {"Sub", "Unsqueeze", "Where"}
+)
 
 
 class OrtSession(Session):
     """An onnxruntime session on one provider."""
 
-    def __init__(self, session: Any, model: onnx.ModelProto, arithmetic: str) -> None:
+    def __init__(
+        self, session: Any, model: onnx.ModelProto, arithmetic: str, placement: Mapping[str, int] | None = None
+    ) -> None:
         weights = {tensor.name for tensor in model.graph.initializer}
         inputs = specs_of([value for value in model.graph.input if value.name not in weights])
-        super().__init__(inputs, specs_of(model.graph.output), arithmetic)
+        super().__init__(inputs, specs_of(model.graph.output), arithmetic, placement)
         self._session = session
 
     def _run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -48,37 +58,80 @@ class OrtSession(Session):
 
 
 class OnnxRuntime(OnnxBackend):
-    """onnxruntime on the CPU."""
+    """onnxruntime on one execution provider.
 
-    name = "onnxruntime"
-    summary = "ONNX on onnxruntime's CPU provider"
-    provider = "CPUExecutionProvider"
+    Args:
+        name: of the backend.
+        summary: one line for people.
+        provider: onnxruntime's name of it.
+        extra: what `pip install lowprec[...]` brings it.
+        options: of the provider.
+        device: where it computes, in words.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        summary: str,
+        provider: str,
+        extra: str,
+        options: Mapping[str, str] | None = None,
+        device: str = "on the CPU",
+    ) -> None:
+        self.name, self.summary, self.provider = name, summary, provider
+        self._extra, self._options, self._device = extra, dict(options or {}), device
 
     def unavailable(self) -> str | None:
-        """Why onnxruntime cannot be imported, or None."""
+        """Why onnxruntime, or the one with this provider, is not here, or None."""
         if not is_installed("onnxruntime"):
-            return "onnxruntime is not installed; pip install lowprec[cpu]"
-        return None
+            return f"onnxruntime is not installed; pip install lowprec[{self._extra}]"
+        import onnxruntime
+
+        return missing_provider(self.provider, onnxruntime.get_available_providers(), self._extra)
+
+    def cannot_run(self) -> str | None:
+        """None on a CPU; else whether the NVIDIA driver is missing."""
+        return None if self.provider == CPU else missing_driver()
 
     def _open(self, artefact: str | Path | onnx.ModelProto) -> Session:
         import onnxruntime
 
         model = onnx_model(artefact)
         source = model.SerializeToString() if isinstance(artefact, onnx.ModelProto) else str(artefact)
-        halves = half_types(model)
+        stored = narrow_storage(model)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors alone: it warns of every optimised graph that is written
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if any(uses_external_data(tensor) for tensor in model.graph.initializer):
+            # Weights that are mapped stay so: prepacking would copy them all, for speed that a verdict has no use of.
+            options.add_session_config_entry("session.disable_prepacking", "1")
         with tempfile.TemporaryDirectory() as folder:
             optimised = Path(folder) / "optimised.onnx"
-            if halves:
+            if stored:
                 options.optimized_model_filepath = str(optimised)
-            try:
-                session = onnxruntime.InferenceSession(source, options, providers=[self.provider])
-            except Exception as error:  # onnxruntime's own errors derive from Exception alone
-                raise UnsupportedError(f"onnxruntime cannot load this model: {first_line(error)}") from error
-            check_providers(self.provider, session.get_providers())
-            computed = product_types(onnx.load(optimised, load_external_data=False)) if halves else Counter()
-        return OrtSession(session, model, describe(halves, computed))
+            session = self._load(source, options)
+            computed = product_types(onnx.load(optimised, load_external_data=False)) if stored else Counter[str]()
+        check_providers(self.provider, session.get_providers())
+        nodes = [
+            (subgraph.ep_name, node.name, node.op_type)
+            for subgraph in session.get_provider_graph_assignment_info()
+            for node in subgraph.get_nodes()
+        ]
+        placement = checked_placement(self.provider, nodes)
+        return OrtSession(session, model, describe(stored, computed, self._device), placement)
+
+    def _load(self, source: str | bytes, options: Any) -> Any:
+        import onnxruntime
+        from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
+
+        try:
+            return onnxruntime.InferenceSession(source, options, providers=[(self.provider, self._options)])
+        except NoKernel as error:
+            raise NoKernelError(
+                f"onnxruntime has no kernel for an operator of this model: {first_line(error)}"
+            ) from None
+        except Exception as error:  # onnxruntime's own errors derive from Exception alone
+            raise UnsupportedError(f"onnxruntime cannot load this model: {first_line(error)}") from error
 
     def open_plain(self, model: onnx.ModelProto) -> Session:
         """A model in memory, without any optimisation: what its own operators compute, in the types it declares."""
@@ -87,11 +140,28 @@ class OnnxRuntime(OnnxBackend):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # a model that it cannot run is told by the exception
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        try:
-            session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[self.provider])
-        except Exception as error:  # onnxruntime's own errors derive from Exception alone
-            raise UnsupportedError(f"onnxruntime cannot load this model: {first_line(error)}") from error
-        return OrtSession(session, model, "the types that the graph declares, on the CPU, not optimised")
+        session = self._load(model.SerializeToString(), options)
+        return OrtSession(session, model, f"the types that the graph declares, {self._device}, not optimised")
+
+
+def missing_provider(provider: str, available: Iterable[str], extra: str) -> str | None:
+    """Why an onnxruntime that was built with some providers has not this one, or None."""
+    built = [name.removesuffix("ExecutionProvider") for name in available]
+    if provider.removesuffix("ExecutionProvider") in built:
+        return None
+    return (
+        f"this onnxruntime was built for {', '.join(built)} and lacks {provider}; pip uninstall onnxruntime, then "
+        f"pip install lowprec[{extra}]"
+    )
+
+
+def missing_driver() -> str | None:
+    """That there is no NVIDIA driver here, or None."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver (libcuda.so.1) on this machine"
+    return None
 
 
 def check_providers(asked: str, found: list[str]) -> None:
@@ -103,47 +173,22 @@ def check_providers(asked: str, found: list[str]) -> None:
         )
 
 
-def half_types(model: onnx.ModelProto) -> set[str]:
-    """Which half formats a model declares, in weights, inputs, outputs or casts."""
-    found = set()
-    for graph in graphs_of(model):
-        found |= {tensor.data_type for tensor in graph.initializer}
-        found |= {value.type.tensor_type.elem_type for value in [*graph.input, *graph.output, *graph.value_info]}
-        for node in graph.node:
-            found |= {attribute.i for attribute in node.attribute if node.op_type == "Cast" and attribute.name == "to"}
-            found |= {attribute.t.data_type for attribute in node.attribute if attribute.HasField("t")}
-    return {HALVES[kind] for kind in found if kind in HALVES}
+def checked_placement(asked: str, nodes: Iterable[tuple[str, str, str]]) -> dict[str, int]:
+    """How many nodes ran on each provider.
 
+    Args:
+        asked: the provider.
+        nodes: provider, name and operator of each node, as onnxruntime assigned them.
 
-def product_types(optimised: onnx.ModelProto) -> Counter[str]:
-    """How many convolutions and matrix products of an optimised graph compute in each element type.
-
-    The type of a node is that of its first input: of the weight, graph input or value of that name, else of the Cast
-    that made it, else of whatever the operator before it computes in (same type in, same type out).
+    Raises:
+        UnsupportedError: a node that does more than arithmetic on shapes is on another provider.
     """
-    types: dict[str, int] = {tensor.name: tensor.data_type for tensor in optimised.graph.initializer}
-    for value in [*optimised.graph.input, *optimised.graph.value_info, *optimised.graph.output]:
-        types.setdefault(value.name, value.type.tensor_type.elem_type)
-    found: Counter[str] = Counter()
-    for node in optimised.graph.node:
-        casts = [attribute.i for attribute in node.attribute if node.op_type == "Cast" and attribute.name == "to"]
-        known = [types[name] for name in node.input if types.get(name)]
-        kind = casts[0] if casts else known[0] if known else TensorProto.UNDEFINED
-        for name in node.output:
-            types[name] = types.get(name) or kind
-        if node.op_type in PRODUCT_OPS:
-            found[TensorProto.DataType.Name(known[0] if known else TensorProto.UNDEFINED).lower()] += 1
-    return found
-
-
-def describe(halves: set[str], computed: Counter[str]) -> str:
-    """The arithmetic in words, from the half formats that are stored and the types that products compute in."""
-    if not halves:
-        return "the types that the graph declares, on the CPU"
-    stored = " and ".join(sorted(halves))
-    if not computed:
-        return f"{stored} storage on the CPU; the graph holds no convolution or matrix product"
-    counts = ", ".join(f"{count} in {kind}" for kind, count in sorted(computed.items()))
-    if set(computed) == {"float"}:
-        return f"{stored} storage, float32 arithmetic between casts, on the CPU (products: {counts})"
-    return f"{stored} storage on the CPU (products: {counts})"
+    nodes = list(nodes)
+    fallen = [f"{name} ({kind})" for where, name, kind in nodes if where != asked and kind not in _SHAPE_OPS]
+    if fallen:
+        more = f" and {len(fallen) - 5} more" if len(fallen) > 5 else ""
+        raise UnsupportedError(
+            f"asked onnxruntime for {asked}, and it placed {', '.join(fallen[:5])}{more} on another provider; "
+            "it has no kernel for them in this type"
+        )
+    return dict(Counter(where for where, _, _ in nodes))

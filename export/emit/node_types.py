@@ -8,7 +8,7 @@ between them are not rounded in passing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx
@@ -17,7 +17,8 @@ from onnx.defs import OpSchema
 
 from lowprec.errors import UnsupportedError
 
-Keep = Callable[[onnx.NodeProto], bool]
+Keep = Callable[[onnx.NodeProto], str | None]
+"""Says why a node stays wide, or None."""
 
 # They hand values on without arithmetic, so their type is that of the first float input.
 MOVEMENTS = frozenset(
@@ -50,7 +51,13 @@ class Typing:
     wide: dict[int, str] = field(default_factory=dict)
 
 
-def type_nodes(model: onnx.ModelProto, is_float: Mapping[str, bool], narrow: str, keep: Keep | None) -> Typing:
+def type_nodes(
+    model: onnx.ModelProto,
+    is_float: Mapping[str, bool],
+    narrow: str,
+    keep: Keep | None,
+    narrow_edges: Collection[str] = (),
+) -> Typing:
     """Types every node of a graph.
 
     Args:
@@ -58,20 +65,27 @@ def type_nodes(model: onnx.ModelProto, is_float: Mapping[str, bool], narrow: str
         is_float: for each value, whether it is float32 in the given model.
         narrow: the narrow type as schemas spell it (`tensor(float16)`).
         keep: nodes that stay wide.
+        narrow_edges: inputs and outputs of the graph that are narrow.
 
     Raises:
         UnsupportedError: a node holds a graph of its own (If, Loop, Scan).
     """
     opsets = {entry.domain: entry.version for entry in model.opset_import}
-    typing = Typing()
-    narrow_values = {value.name: True for value in model.graph.input}
+    reasons = {}
     for position, node in enumerate(model.graph.node):
         _refuse_inner_graphs(node)
-        schema = _schema(node, opsets)
-        reason = _reason(node, schema, narrow, keep) or _unknown_input(node, is_float)
+        reasons[position] = _reason(node, _schema(node, opsets), narrow, keep) or _unknown_input(node, is_float)
+    edges = _Edges(model, is_float, reasons, narrow_edges)
+    typing = Typing()
+    narrow_values: dict[str, bool] = {}
+    for position, node in enumerate(model.graph.node):
+        schema, reason = _schema(node, opsets), reasons[position]
         first = next((name for name in node.input if is_float.get(name)), "")
-        if reason is None and narrow_values.get(first) is False and _follows(node, is_float):
-            reason = f"computes nothing from '{first}', which is wide"
+        if reason is None and _follows(node, is_float):
+            if narrow_values.get(first) is False:
+                reason = f"computes nothing from '{first}', which is wide"
+            elif edges.goes_wide(first, node):
+                reason = f"moves '{first}' to where it is wanted wide"
         inputs = _allowed(node.input, schema.inputs if schema else (), is_float, narrow, reason is None)
         outputs = _allowed(node.output, schema.outputs if schema else (), is_float, narrow, reason is None)
         narrow_values.update(
@@ -82,6 +96,37 @@ def type_nodes(model: onnx.ModelProto, is_float: Mapping[str, bool], narrow: str
         if reason is not None and any(value is not None for value in (*inputs, *outputs)):
             typing.wide[position] = reason
     return typing
+
+
+class _Edges:
+    """Where an input of the graph is only moved on its way to wide readers: there it must not be rounded in passing."""
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        is_float: Mapping[str, bool],
+        reasons: Mapping[int, str | None],
+        narrow_edges: Collection[str],
+    ) -> None:
+        self._is_float = is_float
+        self._wide_inputs = {value.name for value in model.graph.input} - set(narrow_edges)
+        self._outputs = {value.name: value.name not in narrow_edges for value in model.graph.output}
+        self._readers: dict[str, list[tuple[onnx.NodeProto, bool]]] = {}
+        for position, node in enumerate(model.graph.node):
+            for name in dict.fromkeys(node.input):
+                self._readers.setdefault(name, []).append((node, reasons[position] is not None))
+
+    def goes_wide(self, source: str, node: onnx.NodeProto) -> bool:
+        """Whether a node that computes nothing takes its values from a wide input to wide readers alone."""
+        return source in self._wide_inputs and all(map(self._read_wide, node.output))
+
+    def _read_wide(self, name: str) -> bool:
+        readers = self._readers.get(name, [])
+        wide = all(
+            is_wide or (_follows(node, self._is_float) and all(map(self._read_wide, node.output)))
+            for node, is_wide in readers
+        )
+        return wide and self._outputs.get(name, True) and bool(readers or name in self._outputs)
 
 
 def _refuse_inner_graphs(node: onnx.NodeProto) -> None:
@@ -119,8 +164,8 @@ def _schema(node: onnx.NodeProto, opsets: Mapping[str, int]) -> OpSchema | None:
 
 def _reason(node: onnx.NodeProto, schema: OpSchema | None, narrow: str, keep: Keep | None) -> str | None:
     """Why a node stays wide, or None."""
-    if keep is not None and keep(node):
-        return "kept wide as asked"
+    if keep is not None and (said := keep(node)):
+        return said
     if schema is None:
         return f"operator {node.domain or 'ai.onnx'}.{node.op_type} has no schema that says which types it takes"
     if node.op_type in _TYPED_BY_ATTRIBUTE:

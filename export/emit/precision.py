@@ -7,14 +7,17 @@ a value that does not fit is an error that names its tensor.
 
 from __future__ import annotations
 
-import onnx
-from onnx import TensorProto, version_converter
+from collections.abc import Collection
 
-from lowprec.errors import UnsupportedError
+import onnx
+from onnx import TensorProto
+
+from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.export.emit.node_types import ELEMENT_TYPES, SCHEMA_TYPES, Keep, type_nodes
+from lowprec.export.emit.opset import in_opset, opset_of
 from lowprec.export.emit.retype import Rewriter
-from lowprec.export.external_data import check_model
-from lowprec.formats import FloatFormat
+from lowprec.export.external_data import array_of, check_model
+from lowprec.formats import FloatFormat, rounding_loss
 from lowprec.report import ChangeReport
 
 # Conv, pooling and resizing take bfloat16 from this opset on.
@@ -22,20 +25,28 @@ _BF16_OPSET = 22
 
 
 def convert_precision(
-    model: onnx.ModelProto, fmt: FloatFormat, keep: Keep | None = None
+    model: onnx.ModelProto,
+    fmt: FloatFormat,
+    keep: Keep | None = None,
+    *,
+    narrow_edges: Collection[str] = (),
+    keep_overflowing: bool = False,
 ) -> tuple[onnx.ModelProto, ChangeReport]:
     """A strongly typed copy of a float32 model in a narrower type.
 
     Args:
         model: float32; other element types in it stay.
         fmt: FP16 or BF16.
-        keep: says which nodes stay float32.
+        keep: says which nodes stay float32, and why.
+        narrow_edges: floating inputs and outputs of the graph that are of the narrow type; the others stay float32.
+        keep_overflowing: keep the nodes that read a constant which overflows, instead of refusing it.
 
     Returns:
         The new model; a report with a `changed` row per rounded constant that lost something, a `refused` row per node
         that stays wide, and facts `narrow_nodes`, `wide_nodes`, `casts`, `subnormal`, `vanished` (counts of values).
 
     Raises:
+        ConfigError: `narrow_edges` names something else than a floating input or output.
         UnsupportedError: another format, control flow, or a constant that overflows.
     """
     if fmt.name not in ELEMENT_TYPES:
@@ -45,8 +56,11 @@ def convert_precision(
         )
     source = _prepared(model, fmt)
     is_float = _float_values(source)
-    typing = type_nodes(source, is_float, SCHEMA_TYPES[fmt.name], keep)
-    rewriter = Rewriter(source, fmt, is_float, typing)
+    _check_edges(source, is_float, narrow_edges)
+    if keep_overflowing:
+        keep = _with_overflowing(source, is_float, fmt, keep)
+    typing = type_nodes(source, is_float, SCHEMA_TYPES[fmt.name], keep, narrow_edges)
+    rewriter = Rewriter(source, fmt, is_float, typing, narrow_edges)
     result = rewriter.run()
     check_model(result)
     return result, rewriter.report
@@ -56,9 +70,8 @@ def _prepared(model: onnx.ModelProto, fmt: FloatFormat) -> onnx.ModelProto:
     """A copy in an opset that knows the type, with every constant an initializer and no cast between equal types."""
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
-    opset = next((entry.version for entry in copied.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if fmt.name == "bf16" and opset < _BF16_OPSET:
-        copied = _in_opset(copied, _BF16_OPSET)
+    if fmt.name == "bf16" and opset_of(copied) < _BF16_OPSET:
+        copied = in_opset(copied, _BF16_OPSET)
     constants = {tensor.name for tensor in copied.graph.initializer}
     inputs = [value for value in copied.graph.input if value.name not in constants]
     del copied.graph.input[:]
@@ -68,20 +81,26 @@ def _prepared(model: onnx.ModelProto, fmt: FloatFormat) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(copied)
 
 
-def _in_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """The model in a newer opset; onnx's converter drops the nodes' metadata, which is put back by node name."""
-    try:
-        converted: onnx.ModelProto = version_converter.convert_version(model, opset)
-    except Exception as error:  # the converter's C++ raises several types without a common base
-        raise UnsupportedError(
-            f"bf16 needs opset {opset}, and onnx cannot convert the model to it: {str(error).splitlines()[0]}"
-        ) from None
-    metadata = {node.name: list(node.metadata_props) for node in model.graph.node}
-    for node in converted.graph.node:
-        if not node.metadata_props:
-            node.metadata_props.extend(metadata.get(node.name, []))
-    converted.producer_name, converted.producer_version = model.producer_name, model.producer_version
-    return converted
+def _check_edges(model: onnx.ModelProto, is_float: dict[str, bool], names: Collection[str]) -> None:
+    edges = [value.name for value in (*model.graph.input, *model.graph.output) if is_float.get(value.name)]
+    unknown = [name for name in names if name not in edges]
+    if unknown:
+        raise ConfigError(
+            f"asked for {unknown[0]!r} to be narrow; the floating inputs and outputs are {', '.join(edges)}"
+        )
+
+
+def _with_overflowing(model: onnx.ModelProto, is_float: dict[str, bool], fmt: FloatFormat, keep: Keep | None) -> Keep:
+    """`keep`, and the nodes that read a constant which overflows."""
+    losses = {t.name: rounding_loss(array_of(t), fmt) for t in model.graph.initializer if is_float.get(t.name)}
+    overflowing = {name for name, loss in losses.items() if loss.overflow}
+
+    def reason(node: onnx.NodeProto) -> str | None:
+        said = keep(node) if keep else None
+        found = next((name for name in node.input if name in overflowing), None)
+        return said or (found and f"its constant '{found}' overflows {fmt.name}")
+
+    return reason
 
 
 def _lift_constants(graph: onnx.GraphProto) -> None:

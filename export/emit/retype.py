@@ -6,7 +6,7 @@ cast per tensor and type and never a pair that cancels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx
 from onnx import TensorProto, helper
@@ -27,18 +27,27 @@ class Rewriter:
         fmt: the narrow format.
         is_float: for each value, whether it is float32 in the source.
         typing: what becomes narrow.
+        narrow_edges: inputs and outputs that are narrow; the others stay float32.
 
     Attributes:
         report: rows and counts, complete after `run`.
     """
 
-    def __init__(self, source: onnx.ModelProto, fmt: FloatFormat, is_float: dict[str, bool], typing: Typing) -> None:
+    def __init__(
+        self,
+        source: onnx.ModelProto,
+        fmt: FloatFormat,
+        is_float: dict[str, bool],
+        typing: Typing,
+        narrow_edges: Collection[str] = (),
+    ) -> None:
         self.report = ChangeReport()
         self._source = source
         self._fmt = fmt
         self._is_float = is_float
         self._typing = typing
         self._constants = {tensor.name: tensor for tensor in source.graph.initializer}
+        self._edges = narrow_edges
         self._output_names = {value.name for value in source.graph.output}
         # Results of casts from float32 to float32 are other names of what they were cast from.
         self._aliases: dict[str, str] = {}
@@ -55,7 +64,9 @@ class Rewriter:
     def run(self) -> onnx.ModelProto:
         """The rewritten model."""
         graph = self._source.graph
-        self._names.update({(value.name, False): value.name for value in graph.input if value.name in self._is_float})
+        for value in graph.input:
+            if value.name in self._is_float:
+                self._names[value.name, value.name in self._edges] = value.name
         for node, inputs, outputs in zip(graph.node, self._typing.inputs, self._typing.outputs, strict=True):
             self._write_node(node, inputs, outputs)
         for value in graph.output:
@@ -70,6 +81,9 @@ class Rewriter:
     def _model(self) -> onnx.ModelProto:
         result = without_weights(self._source)
         del result.graph.node[:], result.graph.value_info[:]
+        for edge in (*result.graph.input, *result.graph.output):
+            if edge.name in self._edges:
+                edge.type.tensor_type.elem_type = ELEMENT_TYPES[self._fmt.name]
         result.graph.node.extend(self._nodes)
         read = {name for node in self._nodes for name in node.input} | {value.name for value in result.graph.output}
         result.graph.initializer.extend(tensor for name, tensor in self._initializers.items() if name in read)
@@ -88,7 +102,7 @@ class Rewriter:
         ]
         for index, (name, narrow) in enumerate(zip(node.output, outputs, strict=True)):
             if narrow is not None:
-                written.output[index] = self._new_name(name, True) if narrow and name in self._output_names else name
+                written.output[index] = name if self._bears_name(name, narrow) else self._new_name(name, narrow)
                 self._names[name, narrow] = written.output[index]
         if any(outputs):
             self._narrow_attributes(written)
@@ -112,7 +126,7 @@ class Rewriter:
 
     def _write_constant(self, name: str, narrow: bool) -> str:
         tensor = self._constants[name]
-        taken = (name, not narrow) in self._names or (narrow and name in self._output_names)
+        taken = (name, not narrow) in self._names or not self._bears_name(name, narrow)
         made = self._new_name(name, narrow) if taken else name
         if not narrow:
             self._initializers[made] = onnx.TensorProto()
@@ -133,15 +147,19 @@ class Rewriter:
         self._nodes.append(helper.make_node("Cast", [source], [target], name=f"cast_{target}", to=element))
         self._casts += 1
 
+    def _bears_name(self, name: str, narrow: bool) -> bool:
+        """Whether a value may bear its own name in a type: an output does so in the type that is asked of it."""
+        return name not in self._output_names or narrow == (name in self._edges)
+
     def _write_output(self, name: str) -> None:
-        """An output keeps its name and its type."""
-        source = self._aliases.get(name, name)
-        if not self._is_float.get(name) or self._names.get((source, False)) == name:
+        """An output keeps its name, and has the type that is asked of it."""
+        source, wanted = self._aliases.get(name, name), name in self._edges
+        if not self._is_float.get(name) or self._names.get((source, wanted)) == name:
             return
-        if (source, False) not in self._names and source not in self._constants:
-            self._write_cast(self._names[source, True], name, narrow=False)
+        if (source, wanted) not in self._names and source not in self._constants:
+            self._write_cast(self._names[source, not wanted], name, wanted)
             return
-        available = self._value(source, narrow=False)
+        available = self._value(source, wanted)
         if available != name:
             self._nodes.append(helper.make_node("Identity", [available], [name], name=f"output_{name}"))
 

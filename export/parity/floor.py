@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from lowprec.errors import ArtifactError, ConfigError
 from lowprec.export.float64 import Float64Graph, Kind
+from lowprec.export.parity.storage import Storage, format_of_precision
 from lowprec.export.tensors import fixed_batch
-from lowprec.formats import FP32, FloatFormat, format_named, round_to
+from lowprec.formats import FP32, FloatFormat, format_named
 
 Array = NDArray[Any]
 _BLOCK = 1 << 22  # elements perturbed at a time
@@ -33,7 +34,7 @@ class Floor:
     """Rms deviation of each output element under random rounding.
 
     Args:
-        storage: name of the format that values are stored in.
+        storage: name of the precision that values are stored in.
         accumulator: name of the format that sums are formed in.
         draws: how many random evaluations it rests on.
         seed: what the draws were seeded with.
@@ -49,8 +50,8 @@ class Floor:
 
     @property
     def storage_format(self) -> FloatFormat:
-        """The format that values are stored in."""
-        return format_named(self.storage)
+        """The floating format that values are stored in, where they are not quantised."""
+        return format_of_precision(self.storage)
 
     def total(self, output: str) -> float:
         """Rms over all elements of an output; 0 for an empty one."""
@@ -84,7 +85,7 @@ class Floor:
             raise ArtifactError(
                 "the noise floor holds no, or negative, deviations; the file it was stored in is damaged"
             )
-        format_named(names["storage"])
+        format_of_precision(names["storage"])
         format_named(names["accumulator"])
         return cls(names["storage"], names["accumulator"], int(numbers["draws"]), int(numbers["seed"]), values)
 
@@ -149,37 +150,45 @@ def perturbed(
 class RoundingDraw:
     """Perturbs the stored values of one evaluation; the draws depend on a value's name, not on its turn.
 
-    Weights draw the same in every block of samples, the others anew in each.
+    Weights draw the same in every block of samples, the others anew in each. A quantised value x is moved by d s, d
+    uniform in [-1/2, 1/2] and s its step: the error of rounding to the nearest multiple of s (Widrow, Kollar,
+    Quantization Noise, 2008). Saturation is not part of it: a value beyond the range is wrong, not noisy.
     """
 
-    def __init__(self, storage: FloatFormat, accumulator: FloatFormat, seed: int, draw: int, start: int) -> None:
-        self._formats = (storage, accumulator)
+    def __init__(
+        self, storage: FloatFormat | Storage, accumulator: FloatFormat, seed: int, draw: int, start: int
+    ) -> None:
+        self._storage, self._accumulator = Storage.of(storage), accumulator
         self._key = (seed, draw)
         self._start = start
 
     def __call__(self, name: str, kind: Kind, value: Array, terms: int) -> Array:
         """The value after one random rounding; values that are moved or selected, and exact ones, stay."""
-        storage, accumulator = self._formats
-        if value.dtype.kind != "f" or (kind == "node" and terms == 0):
+        step = self._storage.steps.get(name)
+        if value.dtype.kind != "f" or (kind == "node" and terms == 0 and step is None):
             return value
         if kind == "input" or value.size == 1:
             # An input is the same numbers on both sides, and a lone constant (a power's 2, a clip's 6) is a literal of
             # the formula: each is wrong only by what storing it changes, which is nothing where the format holds it.
-            exact = round_to(value, storage) == value
+            exact = self._storage.holds(name, value)
             if exact.all():
                 return value
         else:
             exact = None
         block = () if kind == "weight" else (self._start,)
         generator = np.random.default_rng([*self._key, zlib.crc32(name.encode()), *block])
-        found = perturbed(value, terms, storage, accumulator, generator)
+        if step is None:
+            found = perturbed(value, terms, self._storage.format_of(name), self._accumulator, generator)
+        else:
+            noise = step * generator.uniform(-0.5, 0.5, value.shape)
+            found = np.where((value != 0) & np.isfinite(value), value + noise, value)
         return np.where(exact, value, found) if exact is not None else found
 
 
 def noise_floor(
     graph: Float64Graph,
     feeds: Mapping[str, Array],
-    storage: FloatFormat,
+    storage: FloatFormat | Storage,
     accumulator: FloatFormat = FP32,
     draws: int = DRAWS,
     seed: int = 0,
@@ -195,7 +204,7 @@ def noise_floor(
     Args:
         graph: the network in float64.
         feeds: one array per input; the caller caps the number of samples.
-        storage: the format that values are stored in.
+        storage: the format that values are stored in, or how each of them is.
         accumulator: the format that sums are formed in, never narrower than what is claimed of the backend.
         draws: number of random evaluations, at least 2.
         seed: recorded with the result; same seed, same floor.

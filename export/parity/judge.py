@@ -46,7 +46,7 @@ def judge(
             checks.append(Check(f"rho:{name}", "inconclusive", None, None, "the output has no elements to compare"))
             continue
         here = _labels_for(labels, wanted)
-        context = Context(floor.rms[name], floor.storage_format, limits or Limits(), here)
+        context = Context(floor.rms[name], floor.storage, limits or Limits(), here)
         for metric in METRICS.values():
             measured = metric.measure(wanted, found, context)
             if measured is not None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowprec.export.parity.floor import Array, channel_rms, rms
+from lowprec.export.parity.storage import format_of_precision
 from lowprec.export.parity.verdicts import Limits, Verdict
 from lowprec.formats import FloatFormat, spacing
 
@@ -24,15 +25,20 @@ class Context:
 
     Args:
         floor: rms rounding noise per element, float64, of the reference's shape.
-        storage: the format that the floor assumes for stored values.
+        precision: what the floor assumes of stored values, by name.
         limits: what figures are held against.
         labels: true class per sample, shape (N,), or None.
     """
 
     floor: NDArray[np.float64]
-    storage: FloatFormat
+    precision: str
     limits: Limits
     labels: Array | None = None
+
+    @property
+    def storage(self) -> FloatFormat:
+        """The floating format of values that are not quantised."""
+        return format_of_precision(self.precision)
 
 
 @dataclass(frozen=True)

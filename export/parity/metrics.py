@@ -66,7 +66,7 @@ def measure_rho(reference: Array, candidate: Array, context: Context) -> Measure
             None, "inconclusive", context.limits.fail, "no element is finite on both sides; nothing to judge"
         )
     rho = ratio(rms(error), rms(np.where(np.isfinite(error), context.floor, 0.0)[np.isfinite(error)]))
-    text = f"the rms error is {rho:.3g} times the rounding noise that {context.storage.name} explains"
+    text = f"the rms error is {rho:.3g} times the rounding noise that {context.precision} explains"
     return Measured(rho, context.limits.band(rho), context.limits.fail, text)
 
 

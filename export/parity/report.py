@@ -26,6 +26,7 @@ class Stage:
         status: whether it ran. A stage that did not run decides nothing; one that failed to run fails.
         reason: why it did not run; empty when it ran.
         checks: what was found; empty when it did not run.
+        placement: how many nodes ran where, by device or execution provider; empty where the backend does not say.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Stage:
     status: Status = "ran"
     reason: str = ""
     checks: tuple[Check, ...] = ()
+    placement: dict[str, int] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
@@ -60,6 +62,7 @@ class Stage:
             "reason": self.reason,
             "verdict": self.verdict,
             "checks": [check.to_dict() for check in self.checks],
+            "placement": self.placement,
         }
 
     @classmethod
@@ -69,7 +72,9 @@ class Stage:
             if data["status"] not in STATUSES:
                 raise ValueError(data["status"])
             texts = {key: str(data[key]) for key in ("name", "artefact", "backend", "arithmetic", "reason")}
-            return cls(**texts, status=data["status"], checks=tuple(Check.from_dict(c) for c in data["checks"]))
+            checks = tuple(Check.from_dict(c) for c in data["checks"])
+            placement = {str(where): int(count) for where, count in data.get("placement", {}).items()}
+            return cls(**texts, status=data["status"], checks=checks, placement=placement)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"a stage of the parity report is damaged: {error!r}") from None
 
@@ -95,6 +100,15 @@ class ParityReport:
     def passed(self) -> bool:
         """Whether parity holds, warnings included."""
         return self.verdict in ("pass", "warn")
+
+    @property
+    def absent(self) -> dict[str, str]:
+        """Backends that no artefact could be run on here for one and the same reason, which is the value."""
+        reasons: dict[str, set[str]] = {}
+        for stage in self.stages:
+            here = "" if stage.status != "not available here" else stage.reason
+            reasons.setdefault(stage.backend, set()).add(here)
+        return {backend: next(iter(said)) for backend, said in reasons.items() if len(said) == 1 and said != {""}}
 
     def raise_if_failed(self) -> None:
         """Raises `ParityError` unless parity holds, naming the first stage and check of the worst verdict."""

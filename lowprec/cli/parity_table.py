@@ -42,6 +42,8 @@ def show(report: ParityReport, *, as_json: bool, title: str = "") -> int:
     else:
         print_waterfall(report, title)
         for stage in report.stages:
+            if stage.reason and stage.backend not in report.absent:
+                say(f"{stage.status}: {stage.name}: {stage.reason}")
             for check in stage.checks:
                 if check.verdict not in ("pass", "info"):
                     say(f"{check.verdict}: {stage.name}: {check.text}")
@@ -50,8 +52,11 @@ def show(report: ParityReport, *, as_json: bool, title: str = "") -> int:
 
 
 def print_waterfall(report: ParityReport, title: str = "") -> None:
-    """One row per stage, in the order in which a network goes through them."""
-    print_table(_HEADERS, [_row(stage) for stage in report.stages], title)
+    """One row per stage, in the order in which a network goes through them; a line per backend that is not here."""
+    absent = report.absent
+    print_table(_HEADERS, [_row(stage) for stage in report.stages if stage.backend not in absent], title)
+    for backend, reason in absent.items():
+        say(f"not available here: {backend}: {reason}")
 
 
 def _row(stage: Stage) -> tuple[str, ...]:
