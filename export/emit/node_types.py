@@ -75,17 +75,17 @@ def type_nodes(
     for position, node in enumerate(model.graph.node):
         _refuse_inner_graphs(node)
         reasons[position] = _reason(node, _schema(node, opsets), narrow, keep) or _unknown_input(node, is_float)
-    edges = _Edges(model, is_float, reasons, narrow_edges)
+    neighbours = _Neighbours(model, is_float, reasons, narrow_edges)
     typing = Typing()
-    narrow_values: dict[str, bool] = {}
+    narrow_values: dict[str, bool | None] = {
+        value.name: True if value.name in narrow_edges else None
+        for value in model.graph.input
+        if is_float.get(value.name)
+    }
     for position, node in enumerate(model.graph.node):
         schema, reason = _schema(node, opsets), reasons[position]
-        first = next((name for name in node.input if is_float.get(name)), "")
-        if reason is None and _follows(node, is_float):
-            if narrow_values.get(first) is False:
-                reason = f"computes nothing from '{first}', which is wide"
-            elif edges.goes_wide(first, node):
-                reason = f"moves '{first}' to where it is wanted wide"
+        if reason is None and (_follows(node, is_float) or not any(map(is_float.get, node.input))):
+            reason = neighbours.why_wide(node, narrow_values)
         inputs = _allowed(node.input, schema.inputs if schema else (), is_float, narrow, reason is None)
         outputs = _allowed(node.output, schema.outputs if schema else (), is_float, narrow, reason is None)
         narrow_values.update(
@@ -98,8 +98,8 @@ def type_nodes(
     return typing
 
 
-class _Edges:
-    """Where an input of the graph is only moved on its way to wide readers: there it must not be rounded in passing."""
+class _Neighbours:
+    """What stands before and behind nodes that compute nothing: there values must not be rounded in passing."""
 
     def __init__(
         self,
@@ -109,16 +109,32 @@ class _Edges:
         narrow_edges: Collection[str],
     ) -> None:
         self._is_float = is_float
-        self._wide_inputs = {value.name for value in model.graph.input} - set(narrow_edges)
         self._outputs = {value.name: value.name not in narrow_edges for value in model.graph.output}
         self._readers: dict[str, list[tuple[onnx.NodeProto, bool]]] = {}
         for position, node in enumerate(model.graph.node):
             for name in dict.fromkeys(node.input):
                 self._readers.setdefault(name, []).append((node, reasons[position] is not None))
 
-    def goes_wide(self, source: str, node: onnx.NodeProto) -> bool:
-        """Whether a node that computes nothing takes its values from a wide input to wide readers alone."""
-        return source in self._wide_inputs and all(map(self._read_wide, node.output))
+    def why_wide(self, node: onnx.NodeProto, narrow_values: Mapping[str, bool | None]) -> str | None:
+        """Why a node that computes nothing stays wide, or None.
+
+        It follows its inputs where they agree, else its readers.
+
+        Args:
+            node: it.
+            narrow_values: type of each value before it, None for an input of the graph that is there in either.
+        """
+        before = {name: narrow_values[name] for name in node.input if name in narrow_values}
+        types = set(before.values())
+        if types == {True}:
+            return None
+        wide = next((name for name, narrow in before.items() if narrow is False), None)
+        if True not in types and wide is not None:
+            return f"computes nothing from '{wide}', which is wide"
+        makes_floats = any(self._is_float.get(name) for name in node.output)
+        if (before and not makes_floats) or (makes_floats and all(map(self._read_wide, node.output))):
+            return "computes nothing, and all that reads it is wide"
+        return None
 
     def _read_wide(self, name: str) -> bool:
         readers = self._readers.get(name, [])

@@ -20,7 +20,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["fp16"],
         metavar="P",
-        help="fp32, fp16 (default: fp16; fp32 is always written)",
+        help="fp32, fp16, bf16, mixed, int8 (default: fp16; fp32 is always written)",
+    )
+    parser.add_argument(
+        "--keep",
+        nargs="+",
+        metavar="WHAT",
+        help="nodes that stay float32: op:Softmax, module:head.*, node:NAME, or a keep-list.json "
+        "(default: none; in mixed and int8 what half precision hurts most)",
+    )
+    parser.add_argument(
+        "--narrow-io",
+        nargs="*",
+        metavar="NAME",
+        help="inputs and outputs that are half where the artefact is; without names all of them (default: none)",
     )
     parser.add_argument("--target", nargs="+", default=["onnx"], metavar="T", help="onnx, tensorrt-rtx (default: onnx)")
     parser.add_argument(
@@ -57,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
             calibration=samples,
             dynamic_shapes=free_axes(args.dynamic),
             opset=args.opset,
+            keep=args.keep,
+            narrow_io=args.narrow_io or args.narrow_io is not None,
             facts={"source": source.name, **source.facts},
             progress=report_progress,
         )

@@ -1,0 +1,161 @@
+"""Ten architectures in half and mixed precision: valid, parsed by TensorRT-RTX, and with no cast too many."""
+
+import warnings
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from architectures import ARCHITECTURES, example, randomise
+from onnx import TensorProto
+from onnxconverter_common import float16
+from test_emit import parse_strongly_typed, run, small
+from torch import nn
+
+from lowprec.errors import ConfigError
+from lowprec.export.emit import emit_onnx
+from lowprec.export.emit.keep import DEFAULT_KEEP, keep_list
+from lowprec.export.emit.narrowing import Narrowing
+from lowprec.export.emit.node_types import MOVEMENTS
+from lowprec.export.folding import fold
+
+TEN = ["resnet_bottleneck", "densenet", "mobilenet_v3", "shufflenet_v2", "inception_v3", "coatnet", "bn_transformer",
+       "unet", "ecapa", "wavenet"]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=TEN)
+def model(request):
+    architecture = ARCHITECTURES[request.param]
+    network = randomise(architecture.make(1).eval(), "mixed", seed=3)
+    return emit_onnx(fold(network, (example(architecture, batch=2),))[0])
+
+
+def casts(model):
+    return [node for node in model.graph.node if node.op_type == "Cast" and target(node) in (1, 10, 16)]
+
+
+def target(node):
+    return next(attribute.i for attribute in node.attribute if attribute.name == "to")
+
+
+def cancelling(model):
+    """Pairs of casts of which the second undoes the first, with nothing but movements between."""
+    readers = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found = []
+    for cast in casts(model):
+        pending = [cast.output[0]]
+        while pending:
+            for reader in readers.get(pending.pop(), []):
+                if reader.op_type == "Cast" and target(reader) != target(cast):
+                    found.append((cast.name, reader.name))
+                elif reader.op_type in MOVEMENTS:
+                    pending += reader.output
+    return found
+
+
+def copied(model):
+    return onnx.ModelProto.FromString(model.SerializeToString())
+
+
+def narrowed(model, precision, **options):
+    return Narrowing(**options).in_precision(precision, model, None, {})[0]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "mixed"])
+def test_narrow_models_are_valid_and_hold_no_casts_that_cancel(model, precision):
+    narrow = narrowed(model, precision)
+    onnx.checker.check_model(narrow, full_check=True)
+    assert parse_strongly_typed(narrow) == []
+    assert cancelling(narrow) == []
+    types = {tensor.data_type for tensor in narrow.graph.initializer}
+    assert TensorProto.FLOAT16 in types
+    assert precision == "mixed" or TensorProto.FLOAT not in types
+
+
+def test_half_models_hold_as_many_casts_as_onnxconverter_makes_or_fewer(model):
+    """That converter reads float32 constants as the half ones that they are clipped to, and casts at its own edges."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of the values that it clips
+        theirs = float16.convert_float_to_float16(copied(model), keep_io_types=True)
+    assert len(casts(narrowed(model, "fp16"))) <= len(casts(theirs))
+
+
+CAST, JOIN = {"to": TensorProto.FLOAT}, {"axis": 1}
+NARROW, WIDE = ("Sigmoid", ["x"], ["h"]), ("Softmax", ["x"], ["s"])
+PASSING = {
+    "an input to a wide node": ([("Flatten", ["x"], ["m"]), ("Softmax", ["m"], ["y"])], 0),
+    "an input and a wide value": ([WIDE, ("Concat", ["x", "s"], ["m"], JOIN), ("Softmax", ["m"], ["y"])], 0),
+    "a wide value to a narrow node": ([WIDE, ("Flatten", ["s"], ["m"]), ("Sigmoid", ["m"], ["y"])], 2),
+    "two types to a narrow node": ([NARROW, WIDE, ("Concat", ["s", "h"], ["m"], JOIN), ("Sigmoid", ["m"], ["y"])], 3),
+    "two types to a wide node": ([NARROW, WIDE, ("Concat", ["s", "h"], ["m"], JOIN), ("Softmax", ["m"], ["y"])], 2),
+    "a decision about two types": ([NARROW, WIDE, ("Less", ["s", "h"], ["m"]), ("Cast", ["m"], ["y"], CAST)], 2),
+}
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_what_is_only_moved_is_not_rounded_in_passing(name):
+    nodes, count = PASSING[name]
+    model = small(nodes)
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    mixed = narrowed(model, "mixed")
+    onnx.checker.check_model(mixed, full_check=True)
+    assert cancelling(mixed) == []
+    assert len(casts(mixed)) - sum(node[0] == "Cast" for node in nodes) == count
+
+
+@pytest.mark.parametrize("names", [["x", "y"], ["y"], True])
+def test_inputs_and_outputs_are_narrow_where_asked(names):
+    model = small([("Mul", ["x", "k"], ["h"]), ("Relu", ["h"], ["y"])], [("k", [1.0, 2.0, 3.0, 4.0])])
+    half = narrowed(model, "fp16", narrow_io=names)
+    onnx.checker.check_model(half, full_check=True)
+    types = {v.name: v.type.tensor_type.elem_type for v in (*half.graph.input, *half.graph.output)}
+    narrow = {"x", "y"} if names is True else set(names)
+    assert types == {name: TensorProto.FLOAT16 if name in narrow else TensorProto.FLOAT for name in ("x", "y")}
+    assert len(casts(half)) == 2 - len(narrow)
+    x = np.array([[1.0, -2.0, 0.5, 3.0]], np.float16 if "x" in narrow else np.float32)
+    assert run(half, x=x)[0].tolist() == [[1.0, 0.0, 1.5, 12.0]]
+
+
+def test_a_wide_node_reads_a_narrow_input_and_makes_a_narrow_output():
+    model = small([("Softmax", ["x"], ["y"])], [])
+    mixed = narrowed(model, "mixed", narrow_io=True)
+    onnx.checker.check_model(mixed, full_check=True)
+    assert [node.op_type for node in mixed.graph.node] == ["Cast", "Softmax", "Cast"]
+    with pytest.raises(ConfigError, match="asked for 'z' to be narrow; the floating inputs and outputs are x, y"):
+        narrowed(model, "fp16", narrow_io=["z"])
+
+
+def test_mixed_keeps_what_overflows_and_says_so():
+    model = small([("Mul", ["x", "k"], ["h"]), ("Sigmoid", ["h"], ["y"])], [("k", [1.0, 2.0, -1e5, 7e4])])
+    mixed, report = Narrowing().in_precision("mixed", model, None, {})
+    assert [(row.name, row.reason) for row in report.refused] == [("Mul_0", "its constant 'k' overflows fp16")]
+    assert {tensor.name: tensor.data_type for tensor in mixed.graph.initializer} == {"k": TensorProto.FLOAT}
+    x = np.array([[1.0, 0.5, 1e-5, 1e-5]], np.float32)
+    assert abs(run(mixed, x=x)[0] - run(model, x=x)[0]).max() <= 2 * 2.0**-11  # one rounding of h and y each
+
+
+def test_a_keep_list_serves_every_narrow_precision():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+        def forward(self, x):
+            return self.head(self.body(x).sigmoid()).softmax(1)
+
+    model = emit_onnx(fold(Two().eval(), (torch.randn(2, 4),))[0])
+    for precision in ("fp16", "bf16", "mixed"):
+        narrow, report = Narrowing(keep_list(["module:head"])).in_precision(precision, model, None, {})
+        assert [row.name for row in report.refused] == ["head.0", "head.1", "head.2"]
+        wide = {tensor.name for tensor in narrow.graph.initializer if tensor.data_type == TensorProto.FLOAT}
+        assert wide == {"head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}
+    _, report = Narrowing().in_precision("mixed", model, None, {})
+    assert [row.reason for row in report.refused] == [DEFAULT_KEEP.entries[0].reason]
+
+
+def test_every_operator_of_the_default_list_exists():
+    names = {schema.name for schema in onnx.defs.get_all_schemas()}
+    assert {entry.match.removeprefix("op:") for entry in DEFAULT_KEEP.entries} <= names
