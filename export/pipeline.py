@@ -83,7 +83,7 @@ def export(
         example_inputs: as `torch.export` takes them; None for an ONNX model, whose inputs say what they are.
         folder: the bundle; an earlier bundle of that name is replaced, anything else refused.
         precision: one or several of `fp32`, `fp16`, `bf16`, `mixed`, `int8`; fp32 is always written.
-        targets: `onnx`, `tensorrt-rtx`; an engine is built from the precision that is named last.
+        targets: `onnx`, `tensorrt-rtx`, `tensorrt`; an engine is built from the precision that is named last.
         calibration: samples that the golden file and the ranges are taken from; when None the example inputs, and
             random ones where there are none.
         dynamic_shapes: for a module, as `torch.export` takes them or with names of axes, `{"x": {0: "batch", 2:
@@ -117,7 +117,7 @@ def export(
         data = given or network.own_feeds()
         step()
         artefacts, storages, wide = _write_models(work, model, data, plan)
-        artefacts += _build_engines(artefacts, plan, build or BuildOptions())
+        artefacts += _build_engines(artefacts, plan, build or BuildOptions(), wide)
         step()
         golden = golden_from(network.run, Float64Graph(model), data.inputs, data.labels, storages)
         step()
@@ -160,7 +160,7 @@ def _plan(precision: str | Sequence[str], targets: Sequence[str], narrowing: Nar
 def _write_models(
     work: Path, model: onnx.ModelProto, data: Feeds, plan: _Plan
 ) -> tuple[list[Artefact], list[Storage], dict[str, dict[str, str]]]:
-    """Writes the graph in each precision; how each stores its values; which nodes stay float32, by place, and why."""
+    """Writes the graph in each precision; how each stores its values; which nodes stay float32, and why."""
     artefacts, storages, wide = [], [], dict[str, dict[str, str]]()
     first = work / layout.ONNX_BY_PRECISION["fp32"]
     if plan.narrowing.keep is not None:
@@ -170,16 +170,19 @@ def _write_models(
         stored = model
         if precision != "fp32":
             stored, report = plan.narrowing.in_precision(precision, model, first, data.inputs)
-            wide[precision] = {row.name: row.reason for row in report.refused}
+            wide[precision] = report.facts["wide"]
         write_model(path, stored)
         artefacts.append(Artefact(path.name, path, precision))
         storages.append(storage_of(stored, precision))
     return artefacts, storages, wide
 
 
-def _build_engines(artefacts: list[Artefact], plan: _Plan, options: BuildOptions) -> list[Artefact]:
+def _build_engines(
+    artefacts: list[Artefact], plan: _Plan, options: BuildOptions, wide: dict[str, dict[str, str]]
+) -> list[Artefact]:
     source = next(artefact for artefact in artefacts if artefact.precision == plan.built_from)
-    built_for = dataclasses.replace(options, precision=plan.built_from)
+    kept = frozenset(wide.get(source.precision, {}))
+    built_for = dataclasses.replace(options, precision=plan.built_from, wide=options.wide | kept)
     return [build_engine(target, source, built_for) for target in plan.engines]
 
 

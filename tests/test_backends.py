@@ -1,20 +1,16 @@
-import hashlib
 import importlib.util
-import json
 
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from reference_parity import cnn, digits, graph_of, half_typed, trained_weights
 
 from lowprec.errors import ArtifactError, ConfigError, DataError, MissingDependencyError, UnsupportedError
-from lowprec.export.backends import BACKENDS, BuildOptions, EngineBackend, arithmetic, backend_named, ort
+from lowprec.export.backends import BACKENDS, arithmetic, backend_named, ort
 from lowprec.export.backends.eager import forward_names, named_outputs
-from lowprec.export.backends.rtx import COMPUTE_LAYERS, TensorRTRTX, TypedLayer, audit
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.parity import judge, noise_floor, worst
-from lowprec.export.tensors import TensorSpec
 from lowprec.formats import FP32
 
 torch = pytest.importorskip("torch")
@@ -62,6 +58,7 @@ ARTEFACTS = {
     "onnxruntime-tensorrt": lambda files, weights: files / "fp32.onnx",
     "openvino": lambda files, weights: files / "fp32.onnx",
     "tensorrt-rtx": None,
+    "tensorrt": None,
 }
 
 
@@ -236,130 +233,3 @@ def test_modules_run_in_their_own_type(weights):
     # Scores of order 1 from sums of at most 72 terms, 4 layers deep: some hundreds of float64 roundings.
     np.testing.assert_allclose(got, truth, rtol=0, atol=1000 * 2.0**-53)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-
-
-# --- TensorRT-RTX ---------------------------------------------------------------------------------------------------
-RTX = TensorRTRTX()
-
-
-@needs_rtx
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_engines_are_built_here_the_same_twice(files, tmp_path, precision):
-    options = BuildOptions(precision=precision, batch=(1, 4, 8))
-    paths = [tmp_path / name for name in ("a.rtx.engine", "b.rtx.engine")]
-    sidecars = [RTX.build(files / f"{precision}.onnx", path, options) for path in paths]
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-    sidecar = json.loads(json.dumps(sidecars[0]))
-    assert sidecar["sha256"] == hashlib.sha256(paths[0].read_bytes()).hexdigest()
-    assert sidecar["source"] == f"{precision}.onnx"
-    assert sidecar["source_sha256"] == hashlib.sha256((files / f"{precision}.onnx").read_bytes()).hexdigest()
-    assert sidecar["profiles"] == [{"x": {"min": [1, 1, 8, 8], "opt": [4, 1, 8, 8], "max": [8, 1, 8, 8]}}]
-    assert sidecar["compute_capabilities"] == ["8.0", "8.6", "8.9", "12.0"]
-    assert set(sidecar["layer_types"]) == {"FLOAT" if precision == "fp32" else "HALF"}
-    assert bool(sidecar["wide_layers"]) == (precision == "fp32")
-    assert (sidecar["verification"], sidecar["tf32"]) == ("built, not run", False)
-
-
-@needs_rtx
-def test_a_half_engine_from_a_single_graph_is_refused_by_layer(files, tmp_path):
-    path = tmp_path / "m.engine"
-    with pytest.raises(
-        UnsupportedError, match=r"asked for a fp16 engine, found float32 in conv1, relu1, .* and \d+ more"
-    ):
-        RTX.build(files / "fp32.onnx", path, BuildOptions(precision="fp16"))
-    assert not path.exists()
-
-
-@needs_rtx
-def test_tf32_is_off_unless_asked_for(files, tmp_path):
-    for tf32 in (False, True):
-        sidecar = RTX.build(files / "fp32.onnx", tmp_path / "m.engine", BuildOptions(tf32=tf32))
-        assert sidecar["tf32"] is tf32
-
-
-@needs_rtx
-def test_engines_are_built_for_the_gpus_asked_for(files, tmp_path):
-    one = BuildOptions(compute_capabilities=((8, 6),))
-    assert RTX.build(files / "fp32.onnx", tmp_path / "m.engine", one)["compute_capabilities"] == ["8.6"]
-    with pytest.raises(ConfigError, match=r"does not build for SM90; it builds for 7\.5, 8\.0"):
-        RTX.build(files / "fp32.onnx", tmp_path / "n.engine", BuildOptions(compute_capabilities=((9, 0),)))
-
-
-@needs_rtx
-def test_an_error_that_is_only_logged_is_a_failure(files, tmp_path):
-    turing = BuildOptions(compute_capabilities=((7, 5),))
-    with pytest.raises(UnsupportedError, match=r"cannot build fp32\.onnx: .*Turing") as caught:
-        RTX.build(files / "fp32.onnx", tmp_path / "m.engine", turing)
-    assert "\n" not in str(caught.value)
-    RTX.build(files / "fp32.onnx", tmp_path / "m.engine")  # and it is forgotten by the next build
-
-
-@needs_rtx
-def test_graphs_that_the_parser_cannot_read_are_one_line(tmp_path):
-    path = tmp_path / "m.onnx"
-    onnx.save(graph_of([helper.make_node("Det", ["x"], ["y"], name="det")], {"x": [2, 2]}, {"y": []}), path)
-    with pytest.raises(UnsupportedError, match=r"cannot read m\.onnx: node 'det' \(Det\) is not supported"):
-        RTX.build(path, tmp_path / "m.engine")
-    mixed = graph_of([helper.make_node("MatMul", ["x", "w"], ["y"], name="mm")], {"x": [2, 2]}, {"y": [2, 2]})
-    mixed.graph.initializer.append(numpy_helper.from_array(np.ones((2, 2), np.float16), "w"))
-    path.write_bytes(mixed.SerializeToString())
-    with pytest.raises(UnsupportedError, match=r"node 'mm' \(MatMul\): .*must have same input types") as caught:
-        RTX.build(path, tmp_path / "m.engine")
-    assert "\n" not in str(caught.value)
-    assert "driver" not in str(caught.value)
-    with pytest.raises(ArtifactError, match="there is no such file"):
-        RTX.build(tmp_path / "none.onnx", tmp_path / "m.engine")
-
-
-@needs_rtx
-def test_every_compute_layer_type_exists():
-    import tensorrt_rtx
-
-    assert set(tensorrt_rtx.LayerType.__members__) >= COMPUTE_LAYERS
-
-
-@needs_rtx
-def test_engines_say_why_they_do_not_run_here(files, tmp_path):
-    if RTX.cannot_run() is None:
-        pytest.skip("engines run here")
-    path = tmp_path / "m.engine"
-    RTX.build(files / "fp32.onnx", path)
-    with pytest.raises(MissingDependencyError, match="backend 'tensorrt-rtx' cannot run here: "):
-        RTX.open(path)
-
-
-def layer(name, dtype, kind="CONVOLUTION"):
-    return TypedLayer(name, kind, (f"node_{name}",), dtype)
-
-
-def test_the_audit_knows_what_may_be_wide():
-    layers = [layer("a", "HALF"), layer("n", "FLOAT", "NORMALIZATION"), layer("c", "FLOAT", "CAST")]
-    for wide in ({"n"}, {"node_n"}):
-        found = audit(layers, BuildOptions(precision="fp16", wide=frozenset(wide)))
-        assert found == {"layer_types": {"FLOAT": 1, "HALF": 1}, "wide_layers": ["n"]}
-    with pytest.raises(UnsupportedError, match="found float32 in n; convert"):
-        audit(layers, BuildOptions(precision="fp16"))
-    with pytest.raises(UnsupportedError, match="asked for a bf16 engine, found float32"):
-        audit([layer("a", "HALF")], BuildOptions(precision="bf16"))
-    audit(layers, BuildOptions(precision="mixed"))
-    with pytest.raises(UnsupportedError, match="mixed engine, found no half layer"):
-        audit(layers[1:], BuildOptions(precision="mixed"))
-    with pytest.raises(UnsupportedError, match="int8 engine, found no quantising layer"):
-        audit(layers, BuildOptions(precision="int8"))
-    audit([*layers, layer("q", "INT8", "QUANTIZE")], BuildOptions(precision="int8"))
-    assert audit([], BuildOptions()) == {"layer_types": {}, "wide_layers": []}
-
-
-def test_profiles_cover_every_input():
-    options = BuildOptions(batch=(1, 2, 3), shapes={"s": ((1, 4), (2, 8), (3, 16))})
-    assert options.shapes_of(TensorSpec("x", ("n", 5), "float32")) == ((1, 5), (2, 5), (3, 5))
-    assert options.shapes_of(TensorSpec("k", (4, 5), "float32")) == ((4, 5),) * 3
-    assert options.shapes_of(TensorSpec("s", ("n", "t"), "float32"))[2] == (3, 16)
-    with pytest.raises(ConfigError, match="'z' has free axes besides the batch"):
-        options.shapes_of(TensorSpec("z", ("n", "t"), "float32"))
-    with pytest.raises(ConfigError, match="1 <= min <= opt <= max"):
-        BuildOptions(batch=(2, 1, 3))
-
-
-def test_the_table_holds_an_engine_builder():
-    assert [name for name, backend in BACKENDS.items() if isinstance(backend, EngineBackend)] == ["tensorrt-rtx"]

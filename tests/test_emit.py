@@ -227,7 +227,7 @@ class TestConvertPrecision:
         casts = [node for node in narrow.graph.node if node.op_type == "Cast"]
         assert [node.name for node in casts] == [f"cast_image_{fmt.name}", "cast_output_0"]
         assert report.facts["casts"] == 2
-        assert report.facts["wide_nodes"] == 0
+        assert report.facts["wide"] == {}
         # Resize takes its scales as float32 whatever the type of its input.
         resize = next(node for node in narrow.graph.node if node.op_type == "Resize")
         assert types[resize.input[2]] == TensorProto.FLOAT

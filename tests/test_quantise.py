@@ -153,7 +153,7 @@ def test_a_scale_that_is_computed_is_refused():
     graph = helper.make_graph(
         nodes, "g", values[:1], values[1:], [numpy_helper.from_array(np.array(0.5, np.float32), "s")]
     )
-    with pytest.raises(UnsupportedError, match="node 'quantise' .* has a scale that is computed"):
+    with pytest.raises(UnsupportedError, match=r"node 'quantise' .* has a scale that is computed"):
         storage_of(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
 
 

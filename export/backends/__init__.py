@@ -10,7 +10,7 @@ from lowprec.export.backends.eager import Eager
 from lowprec.export.backends.openvino import OpenVINO
 from lowprec.export.backends.ort import OnnxRuntime
 from lowprec.export.backends.reference import Reference
-from lowprec.export.backends.rtx import TensorRTRTX
+from lowprec.export.backends.tensorrt import RTX, TENSORRT, TensorRT
 
 __all__ = ["BACKENDS", "Backend", "BuildOptions", "EngineBackend", "Session", "backend_named"]
 
@@ -34,7 +34,10 @@ _ALL: tuple[Backend, ...] = (
         device="on the GPU, by TensorRT",
     ),
     OpenVINO(),
-    TensorRTRTX(),
+    TensorRT(
+        RTX, "TensorRT-RTX engines: built on any machine, run on an NVIDIA GPU of compute capability 7.5 to 8.9, 12.x"
+    ),
+    TensorRT(TENSORRT, "TensorRT engines, 10.16 and newer: built and run on the GPU that they are for"),
 )
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 

@@ -7,8 +7,8 @@ is not there (`cannot_run`) is not, and the artefact can still be built and ship
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +121,10 @@ class OnnxBackend(Backend):
 Precision = Literal["fp32", "fp16", "bf16", "mixed", "int8"]
 
 
+Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Smallest, most likely and largest full shape of an input."""
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """What an engine is built for.
@@ -129,43 +133,98 @@ class BuildOptions:
         precision: what the graph is meant to compute in, which the audit holds the typed network against; fp32 and
             mixed claim nothing about narrow layers.
         batch: smallest, most likely and largest size of a free batch axis.
-        shapes: per input, (min, opt, max) full shapes; needed for inputs with other free axes, wins over `batch`.
+        profiles: optimisation profiles, each with the shapes of some inputs; the others go by `batch`. One by default.
         wide: names of ONNX nodes that stay in float32 on purpose.
+        builder_level: how long the builder may search, 0 to 5; its own default when None.
+        workspace: bytes of scratch memory that the builder may plan with; the library's own default when None.
+        timing_cache: a file that pins the builder's choices: written if it is not there, else a miss is an error.
+        version_compatible: whether newer versions of the library may load the engine.
+        hardware_compatible: `ampere+` for every GPU from Ampere on, `same` for those of the same compute capability,
+            None for this GPU alone.
+        refittable: whether weights can be exchanged later.
+        stripped: whether weights are left out, to be put in where the engine is loaded.
+        weight_streaming: whether weights may stay in host memory.
         tf32: whether float32 products may be computed in TF32.
         compute_capabilities: GPUs to build for, as (8, 6); empty for the backend's own choice.
+        progress: called with (done, total) steps, of which the total grows.
     """
 
     precision: Precision = "fp32"
     batch: tuple[int, int, int] = (1, 16, 256)
-    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    profiles: tuple[Mapping[str, Shapes], ...] = ()
     wide: frozenset[str] = frozenset()
+    builder_level: int | None = None
+    workspace: int | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: Literal["ampere+", "same"] | None = None
+    refittable: bool = False
+    stripped: bool = False
+    weight_streaming: bool = False
     tf32: bool = False
     compute_capabilities: tuple[tuple[int, int], ...] = ()
+    progress: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
         low, likely, high = self.batch
         if not 1 <= low <= likely <= high:
             raise ConfigError(f"batch profile {self.batch}: needed are 1 <= min <= opt <= max")
+        if self.builder_level is not None and not 0 <= self.builder_level <= 5:
+            raise ConfigError(f"builder level {self.builder_level}: it goes from 0 to 5")
+        for name, (small, opt, large) in ((n, three) for profile in self.profiles for n, three in profile.items()):
+            fits = len(small) == len(opt) == len(large)
+            if not fits or not all(1 <= a <= b <= c for a, b, c in zip(small, opt, large, strict=True)):
+                raise ConfigError(
+                    f"the profile of {name!r} goes from {small} over {opt} to {large}; needed are shapes of one rank "
+                    "with 1 <= min <= opt <= max on every axis"
+                )
 
-    def shapes_of(self, spec: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Min, opt and max shape of an input. Raises `ConfigError` where a free axis besides the batch is not given."""
-        if spec.name in self.shapes:
-            return self.shapes[spec.name]
+    @property
+    def chosen(self) -> list[str]:
+        """Names of the options that differ from their defaults."""
+        return [item.name for item in fields(self) if getattr(self, item.name) != item.default]
+
+    def profiles_of(self, inputs: Sequence[TensorSpec]) -> list[dict[str, Shapes]]:
+        """The shapes of every input, once per profile.
+
+        Raises:
+            ConfigError: a free axis besides the batch is not given, or a profile names no input or does not fit it.
+        """
+        names = [spec.name for spec in inputs]
+        for profile in self.profiles:
+            for name in profile:
+                if name not in names:
+                    raise ConfigError(f"a profile names the input {name!r}; the model takes {', '.join(names)}")
+        return [{spec.name: self._shapes(spec, profile) for spec in inputs} for profile in self.profiles or ({},)]
+
+    def _shapes(self, spec: TensorSpec, profile: Mapping[str, Shapes]) -> Shapes:
+        if spec.name in profile:
+            fixed = zip(spec.shape or (), *profile[spec.name], strict=False)
+            rank = spec.shape is None or len(spec.shape) == len(profile[spec.name][0])
+            if not rank or any(isinstance(size, int) and {size} != set(given) for size, *given in fixed):
+                raise ConfigError(
+                    f"the profile of {spec.name!r}, {profile[spec.name]}, does not fit its shape {spec.shape}"
+                )
+            return profile[spec.name]
         if spec.shape is None or any(not isinstance(size, int) for size in spec.shape[1:]):
             raise ConfigError(
                 f"the input {spec.name!r} has free axes besides the batch, {spec.shape}; "
-                "give its smallest, likely and largest shape in the build options"
+                "give its smallest, likely and largest shape with --profile"
             )
         rest = tuple(size for size in spec.shape[1:] if isinstance(size, int))
         if spec.batch_axis is None:
-            fixed = tuple(size for size in spec.shape if isinstance(size, int))
-            return fixed, fixed, fixed
+            fixed_shape = tuple(size for size in spec.shape if isinstance(size, int))
+            return fixed_shape, fixed_shape, fixed_shape
         low, likely, high = self.batch
         return (low, *rest), (likely, *rest), (high, *rest)
 
 
 class EngineBackend(Backend):
     """A backend whose artefacts are compiled from ONNX first."""
+
+    @abstractmethod
+    def cannot_build(self) -> str | None:
+        """Why engines cannot be built on this machine although the package is there, or None."""
 
     @abstractmethod
     def build(self, onnx_path: Path, engine_path: Path, options: BuildOptions | None = None) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def convert_precision(
 
     Returns:
         The new model; a report with a `changed` row per rounded constant that lost something, a `refused` row per node
-        that stays wide, and facts `narrow_nodes`, `wide_nodes`, `casts`, `subnormal`, `vanished` (counts of values).
+        that stays wide, and facts `narrow_nodes`, `casts`, `subnormal`, `vanished` (counts) and `wide` (by the name of
+        the node, why).
 
     Raises:
         ConfigError: `narrow_edges` names something else than a floating input or output.

@@ -49,7 +49,8 @@ def quantise(path: Path, feeds: Arrays, keep: KeepList) -> tuple[onnx.ModelProto
         keep: nodes that are not quantised.
 
     Returns:
-        The model; a report with a `refused` row per node that was kept, and the facts `quantised_tensors`, `samples`.
+        The model; a report with a `refused` row per node that was kept, and the facts `wide` (by the name of the node,
+        why), `quantised_tensors` and `samples`.
 
     Raises:
         MissingDependencyError: onnxruntime is not installed.
@@ -59,10 +60,11 @@ def quantise(path: Path, feeds: Arrays, keep: KeepList) -> tuple[onnx.ModelProto
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     source = load_onnx(path)
-    report = ChangeReport()
+    report, wide = ChangeReport(), {}
     for node in source.graph.node:
         if reason := keep.reason(node):
             report.refuse(module_path(node) or node.name, reason)
+            wide[node.name] = reason
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantise-") as folder, _quiet():
         target = Path(folder) / "quantised.onnx"
         try:
@@ -75,7 +77,7 @@ def quantise(path: Path, feeds: Arrays, keep: KeepList) -> tuple[onnx.ModelProto
                 per_channel=True,
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=[node.name for node in source.graph.node if keep.reason(node)],
+                nodes_to_exclude=list(wide),
                 use_external_data_format=any(tensor.external_data for tensor in source.graph.initializer),
                 extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
             )
@@ -88,7 +90,7 @@ def quantise(path: Path, feeds: Arrays, keep: KeepList) -> tuple[onnx.ModelProto
     del result.metadata_props[:]
     check_model(result)
     count = sum(node.op_type == "DequantizeLinear" for node in result.graph.node)
-    report.facts.update(quantised_tensors=count, samples=len(next(iter(feeds.values()))))
+    report.facts.update(wide=wide, quantised_tensors=count, samples=len(next(iter(feeds.values()))))
     return result, report
 
 

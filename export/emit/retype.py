@@ -71,11 +71,12 @@ class Rewriter:
             self._write_node(node, inputs, outputs)
         for value in graph.output:
             self._write_output(value.name)
+        wide = {}
         for position, reason in self._typing.wide.items():
             self.report.refuse(_place(graph.node[position]), reason)
-        wide = len(self._typing.wide)
+            wide[graph.node[position].name] = reason
         narrow = sum(any(value is True for value in outputs) for outputs in self._typing.outputs)
-        self.report.facts.update(narrow_nodes=narrow, wide_nodes=wide, casts=self._casts, **self._losses)
+        self.report.facts.update(narrow_nodes=narrow, wide=wide, casts=self._casts, **self._losses)
         return self._model()
 
     def _model(self) -> onnx.ModelProto:

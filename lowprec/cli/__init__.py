@@ -21,6 +21,7 @@ COMMANDS: dict[str, str] = {
     "demo": "train, calibrate, export and verify on the embedded digits; says where report.html is",
     "train": "train from a TOML config into a run folder",
     "export": "turn a run, a MODULE:FACTORY or an ONNX file into a bundle of verified artefacts",
+    "engine": "build a bundle's engine where its GPU is, verify it, and renew the bundle",
     "verify": "check a bundle against its float64 reference on every backend that runs here",
     "compare": "judge whether two models are the same up to rounding",
     "calibrate": "measure ranges and half-precision headroom on data",

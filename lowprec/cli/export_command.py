@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lowprec.cli import parity_table
+from lowprec.cli.build_options import add_build_arguments, build_options_from
 from lowprec.cli.free_axes import free_axes
 from lowprec.cli.terminal import note, progress, say
 
@@ -35,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="inputs and outputs that are half where the artefact is; without names all of them (default: none)",
     )
-    parser.add_argument("--target", nargs="+", default=["onnx"], metavar="T", help="onnx, tensorrt-rtx (default: onnx)")
+    parser.add_argument(
+        "--target", nargs="+", default=["onnx"], metavar="T", help="onnx, tensorrt-rtx, tensorrt (default: onnx)"
+    )
     parser.add_argument(
         "--calibration",
         metavar="DATA",
@@ -51,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--opset", type=int, metavar="N", help="ONNX operator set (default: 20 for a module, a file's own for a file)"
     )
     parser.add_argument("--json", action="store_true", help="print the parity report as one JSON document")
+    add_build_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
             opset=args.opset,
             keep=args.keep,
             narrow_io=args.narrow_io or args.narrow_io is not None,
+            build=build_options_from(args),
             facts={"source": source.name, **source.facts},
             progress=report_progress,
         )

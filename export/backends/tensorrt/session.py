@@ -1,0 +1,133 @@
+"""Runs engines: TensorRT's runtime with the CUDA driver, dynamic shapes, and the profile that fits them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowprec.errors import ArtifactError, DataError, UnsupportedError
+from lowprec.export.backends.base import Session, narrowed
+from lowprec.export.backends.tensorrt.audit import built_types
+from lowprec.export.backends.tensorrt.cuda import Driver, driver
+from lowprec.export.backends.tensorrt.library import Library, recorder
+from lowprec.export.tensors import TensorSpec
+
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64",
+           "INT8": "int8", "UINT8": "uint8", "BOOL": "bool"}  # fmt: skip
+
+
+def open_engine(library: Library, path: Path, sidecar: dict[str, Any]) -> EngineSession:
+    """Deserialises an engine whose sidecar was checked.
+
+    Raises:
+        ArtifactError: the runtime refuses it.
+        UnsupportedError: it is fp16 or bf16 by its sidecar, and was built to write float32.
+    """
+    trt, device = library.load(), driver()
+    logger = recorder(library)
+    logger.errors.clear()
+    runtime = trt.Runtime(logger)
+    engine = None if logger.errors else runtime.deserialize_cuda_engine(path.read_bytes())
+    # Without a driver, or from foreign bytes, the library may hand back something hollow: the log is what counts.
+    if engine is None or logger.errors:
+        said = logger.errors[0] if logger.errors else "no reason given"
+        raise ArtifactError(f"{library.label} cannot load {path}: {said}")
+    types = built_types(trt, engine, str(sidecar.get("precision")))
+    said = ", ".join(f"{count} layers write {kind}" for kind, count in types.items()) if types else "types not readable"
+    gpu = device.gpu()
+    arithmetic = f"{library.label} {trt.__version__} on {gpu.name}: {said}" + ("; TF32" if sidecar.get("tf32") else "")
+    return EngineSession(trt, engine, device, logger, arithmetic)
+
+
+class EngineSession(Session):
+    """A deserialised engine.
+
+    Args:
+        trt: the library's module.
+        engine: what it deserialised.
+        device: the CUDA driver.
+        logger: keeps the errors that the library reports.
+        arithmetic: in words.
+    """
+
+    def __init__(self, trt: Any, engine: Any, device: Driver, logger: Any, arithmetic: str) -> None:
+        self._engine, self._device, self._logger = engine, device, logger
+        self._context = engine.create_execution_context()
+        if self._context is None or logger.errors:
+            raise UnsupportedError(f"the engine cannot be run: {(logger.errors or ['no reason given'])[0]}")
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        specs = {name: self._spec(name) for name in names}
+        super().__init__(
+            tuple(specs[name] for name in inputs),
+            tuple(specs[name] for name in names if name not in inputs),
+            arithmetic,
+            {"GPU": engine.num_layers},
+        )
+
+    def _spec(self, name: str) -> TensorSpec:
+        shape = tuple(None if size < 0 else int(size) for size in self._engine.get_tensor_shape(name))
+        return TensorSpec(name, shape, _DTYPES[self._engine.get_tensor_dtype(name).name])
+
+    def _run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        cast = {spec.name: narrowed(feeds[spec.name], spec) for spec in self.inputs}
+        self._logger.errors.clear()
+        self._choose_profile({name: array.shape for name, array in cast.items()})
+        addresses: list[int] = []
+        try:
+            for name, array in cast.items():
+                self._bind(name, array.nbytes, addresses)
+                self._device.to_device(addresses[-1], array)
+            found = {spec.name: np.empty(self._shape(spec.name), np.dtype(spec.dtype)) for spec in self.outputs}
+            for name, array in found.items():
+                self._bind(name, array.nbytes, addresses)
+            if not self._context.execute_async_v3(self._device.stream) or self._logger.errors:
+                raise UnsupportedError(f"the engine failed: {(self._logger.errors or ['no reason given'])[0]}")
+            for array, address in zip(found.values(), addresses[len(cast) :], strict=True):
+                self._device.to_host(array, address)
+            self._device.synchronize()
+        finally:
+            for address in addresses:
+                self._device.free(address)
+        return found
+
+    def _choose_profile(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """The first optimisation profile that the shapes lie in, and the shapes themselves."""
+        engine = self._engine
+        fitting = [
+            index
+            for index in range(engine.num_optimization_profiles)
+            if all(_lies_in(shape, engine.get_tensor_profile_shape(name, index)) for name, shape in shapes.items())
+        ]
+        if not fitting:
+            limits = [tuple(engine.get_tensor_profile_shape(name, 0)) for name in shapes]
+            raise DataError(
+                f"the shapes {shapes} lie in no profile of the engine; its first goes from min to max {limits}"
+            )
+        self._context.set_optimization_profile_async(fitting[0], self._device.stream)
+        for name, shape in shapes.items():
+            if not self._context.set_input_shape(name, shape):
+                raise DataError(f"the engine refuses the shape {shape} of the input {name!r}")
+        missing = self._context.infer_shapes()
+        if missing:
+            raise UnsupportedError(f"the engine cannot infer its shapes without the values of {', '.join(missing)}")
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shape = tuple(int(size) for size in self._context.get_tensor_shape(name))
+        if any(size < 0 for size in shape):
+            raise UnsupportedError(f"the shape of the output {name!r} depends on values; it is {shape} before the run")
+        return shape
+
+    def _bind(self, name: str, count: int, addresses: list[int]) -> None:
+        addresses.append(self._device.allocate(count))
+        if not self._context.set_tensor_address(name, addresses[-1]):
+            raise UnsupportedError(f"the engine refuses the memory of {name!r}")
+
+
+def _lies_in(shape: Sequence[int], profile: Sequence[Sequence[int]]) -> bool:
+    low, _, high = profile
+    return len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
