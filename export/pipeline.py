@@ -46,7 +46,7 @@ Progress = Callable[[int, int], None]
 TARGETS = ("onnx", *ENGINE_TARGETS)
 DEFAULT_LIMITS = Limits()
 
-_STEPS = 7
+_STEPS = 8
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from torch import nn
 from lowprec.cli.free_axes import free_axes
 from lowprec.errors import ConfigError, FoldError
 from lowprec.export import export, verify
+from lowprec.export.bundle import ONNX_BY_PRECISION
 from lowprec.export.emit.opset import opset_of
+from lowprec.export.pipeline import TARGETS
 
 FREE = {"image": {0: "batch", 2: "2*height", 3: "2*width"}, "mask": {0: "batch", 2: "height", 3: "width"}}
 WORDS = ["image:0=batch,2=2*height,3=2*width", "mask:0=batch, 2=height, 3=width"]
@@ -116,3 +118,44 @@ def test_an_axis_that_cannot_be_free_is_one_line(tmp_path):
     with pytest.raises(FoldError, match=r"of the form 4\*height \+ 1"):
         export(network, example, tmp_path / "bundle", dynamic_shapes=impossible)
     assert not list(tmp_path.iterdir())
+
+
+TINY = """
+import torch
+from torch import nn
+
+def trained():
+    torch.manual_seed(0)
+    head = [nn.Flatten(), nn.Linear(8, 3), nn.Softmax(1)]
+    layers = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), *head)
+    return layers.eval(), (torch.randn(8, 1, 4, 4),)
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "tiny_net.py").write_text(TINY)
+    return folder
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("precision", ONNX_BY_PRECISION)
+def test_every_precision_and_target_of_the_help_works_or_says_what_is_missing(tiny, command, precision, target):
+    words = ("export", "tiny_net:trained", "-o", f"{precision}-{target}", "--precision", precision, "--target", target)
+    done = command(*words, "--compute-capability", "8.6", cwd=tiny) if "rtx" in target else command(*words, cwd=tiny)
+    if done.status == 3:
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("lowprec: ")]
+        assert "pip install lowprec[" in line or "no NVIDIA driver" in line
+        assert target == "tensorrt"  # the rest is installed where tests run
+        return
+    assert done.status == 0, done.stdout + done.stderr
+    held = {path.name for path in (tiny / f"{precision}-{target}").iterdir()}
+    assert {"model.onnx", ONNX_BY_PRECISION[precision]} <= held
+    assert "rtx" not in target or "model.rtx.engine" in held
+
+
+def test_the_help_names_every_precision_and_target(tiny, command):
+    text = " ".join(command("export", "--help", cwd=tiny).stdout.split())
+    assert ", ".join(ONNX_BY_PRECISION) in text
+    assert ", ".join(TARGETS) in text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowprec.cli.terminal import print_json, print_table, say
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lowprec.export.parity import Limits, ParityReport, Stage
 
 _HEADERS = ("stage", "artefact", "backend", "arithmetic", "error", "rho", "top-1 agreement, 95 %", "verdict")
+_BENCH_HEADERS = ("artefact", "backend", "batch", "p50 ms", "p90 ms", "p99 ms", "samples/s", "runs (ended by)")
 _STATUS = {"fail": 1, "inconclusive": 3}
 
 
@@ -47,6 +48,8 @@ def show(report: ParityReport, *, as_json: bool, title: str = "") -> int:
             for check in stage.checks:
                 if check.verdict not in ("pass", "info"):
                     say(f"{check.verdict}: {stage.name}: {check.text}")
+        if "bench" in report.facts:
+            _print_bench(report.facts["bench"])
         say(f"verdict: {report.verdict}")
     return 0 if report.passed else _STATUS[report.verdict]
 
@@ -57,6 +60,22 @@ def print_waterfall(report: ParityReport, title: str = "") -> None:
     print_table(_HEADERS, [_row(stage) for stage in report.stages if stage.backend not in absent], title)
     for backend, reason in absent.items():
         say(f"not available here: {backend}: {reason}")
+
+
+def _print_bench(bench: dict[str, Any]) -> None:
+    rows = [
+        (
+            row["artefact"],
+            row["backend"],
+            str(row["batch"]),
+            *(f"{row[key]:.3g}" for key in ("p50_ms", "p90_ms", "p99_ms")),
+            f"{row['samples_per_s']:.4g}",
+            f"{row['runs']} ({row['ended_by']})",
+        )
+        for row in bench["rows"]
+        if "reason" not in row
+    ]
+    print_table(_BENCH_HEADERS, rows, f"latency on {bench['machine']}, host to host")
 
 
 def _row(stage: Stage) -> tuple[str, ...]:
