@@ -6,12 +6,24 @@ import pytest
 from onnx import TensorProto, helper
 from reference_parity import cnn, digits, graph_of, half_typed, trained_weights
 
-from lowprec.errors import ArtifactError, ConfigError, DataError, MissingDependencyError, UnsupportedError
+from lowprec.errors import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+    MissingDependencyError,
+    NoKernelError,
+    UnsupportedError,
+)
 from lowprec.export.backends import BACKENDS, arithmetic, backend_named, ort
 from lowprec.export.backends.eager import forward_names, named_outputs
+from lowprec.export.emit.keep import DEFAULT_KEEP
+from lowprec.export.emit.narrowing import Narrowing
+from lowprec.export.emit.quantise import quantise
 from lowprec.export.float64 import Float64Graph
-from lowprec.export.parity import judge, noise_floor, worst
-from lowprec.formats import FP32
+from lowprec.export.golden import Golden
+from lowprec.export.parity import Limits, judge, noise_floor, worst
+from lowprec.export.stages import Artefact, run_stages
+from lowprec.formats import BF16, FP32
 
 torch = pytest.importorskip("torch")
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
@@ -233,3 +245,71 @@ def test_modules_run_in_their_own_type(weights):
     # Scores of order 1 from sums of at most 72 terms, 4 layers deep: some hundreds of float64 roundings.
     np.testing.assert_allclose(got, truth, rtol=0, atol=1000 * 2.0**-53)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+# --- bfloat16 and int8 ----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def typed(weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("typed")
+    model = cnn(weights)
+    onnx.save(model, folder / "fp32.onnx")
+    for edges in (False, True):
+        bf16, _ = Narrowing(narrow_io=edges).in_precision("bf16", model, folder, {})
+        onnx.save(bf16, folder / f"bf16-{edges}.onnx")
+    onnx.save(quantise(folder / "fp32.onnx", {"x": digits()[0][:64]}, DEFAULT_KEEP)[0], folder / "int8.onnx")
+    return folder
+
+
+def test_a_backend_without_a_kernel_says_nothing_against_the_artefact(typed):
+    with pytest.raises(NoKernelError, match="onnxruntime has no kernel for an operator of this model") as caught:
+        BACKENDS["onnxruntime"].open(typed / "bf16-False.onnx")
+    assert "\n" not in str(caught.value)
+    graph = Float64Graph(onnx.load(typed / "fp32.onnx"))
+    feeds = {"x": digits()[0][:8]}
+    golden = Golden(feeds, graph.run(feeds), None, {"bf16": noise_floor(graph, feeds, BF16)})
+    artefact = Artefact("model.bf16.onnx", typed / "bf16-False.onnx", "bf16")
+    (stage,) = run_stages([artefact], golden, {"onnxruntime": BACKENDS["onnxruntime"]}, Limits())
+    assert (stage.status, stage.verdict) == ("not available here", "info")
+
+
+@pytest.mark.parametrize("edges", [False, True])
+def test_openvino_computes_bfloat16(typed, edges):
+    pytest.importorskip("openvino")
+    session = BACKENDS["openvino"].open(typed / f"bf16-{edges}.onnx")
+    assert "bfloat16 storage on the CPU (products: 3 in " in session.arithmetic
+    graph = Float64Graph(onnx.load(typed / "fp32.onnx"))
+    feeds = {"x": digits()[0][:32]}
+    checks = judge(graph.run(feeds), session.run(feeds), noise_floor(graph, feeds, BF16))
+    assert worst([check.verdict for check in checks]) in ("pass", "warn")
+
+
+@pytest.mark.parametrize(("name", "products"), [("onnxruntime", "1 in float, 2 in int8"), ("openvino", "3 in int8")])
+def test_int8_products_are_seen_for_what_they_are(typed, name, products):
+    """onnxruntime fuses the convolutions and leaves the last product in float32, which nothing but its graph tells."""
+    pytest.importorskip(name)
+    assert BACKENDS[name].open(typed / "int8.onnx").arithmetic == f"int8 storage on the CPU (products: {products})"
+
+
+# --- where nodes ran ------------------------------------------------------------------------------------------------
+def test_placement_is_read_back(files):
+    session = BACKENDS["onnxruntime"].open(files / "fp32.onnx")
+    assert list(session.placement) == ["CPUExecutionProvider"]
+    assert session.placement["CPUExecutionProvider"] > 3
+
+
+def test_a_node_that_fell_to_the_cpu_is_named():
+    cuda = "CUDAExecutionProvider"
+    shapes = [(cuda, "conv", "Conv"), (ort.CPU, "g", "Gather"), (ort.CPU, "s", "Shape")]
+    assert ort.checked_placement(cuda, shapes) == {cuda: 1, ort.CPU: 2}
+    with pytest.raises(UnsupportedError, match=r"asked onnxruntime for CUDA.*placed mm \(MatMul\) on another provider"):
+        ort.checked_placement(cuda, [*shapes, (ort.CPU, "mm", "MatMul")])
+
+
+def test_what_an_onnxruntime_was_built_for_is_read():
+    built = ["AzureExecutionProvider", "CPUExecutionProvider"]
+    assert ort.missing_provider("CPUExecutionProvider", built, "cpu") is None
+    reason = ort.missing_provider("CUDAExecutionProvider", built, "gpu")
+    assert reason == (
+        "this onnxruntime was built for Azure, CPU and lacks CUDAExecutionProvider; pip uninstall onnxruntime, then "
+        "pip install lowprec[gpu]"
+    )

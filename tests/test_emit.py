@@ -206,6 +206,9 @@ class TestEmit:
         network = Lambda(lambda m, x: torch.special.airy_ai(x)).eval()
         with pytest.raises(UnsupportedError, match=r"cannot be written as ONNX: .*airy_ai") as error:
             emit_onnx(fold(network, (torch.randn(1, 2),))[0])
+        inside = nn.Sequential(nn.Linear(2, 2), network).eval()
+        with pytest.raises(UnsupportedError, match=r"cannot be written as ONNX \(in '1'\): .*airy_ai"):
+            emit_onnx(fold(inside, (torch.randn(1, 2),))[0])
         assert "\n" not in str(error.value)
 
     def test_silent(self, folded, capfd):

@@ -10,6 +10,7 @@ import signal
 import numpy as np
 import onnx
 import pytest
+from architectures import ARCHITECTURES, example, randomise
 from onnx import helper, numpy_helper
 from reference_parity import cnn, digits, graph_of, half_typed, trained_weights
 
@@ -19,9 +20,11 @@ from lowprec.export.backends.ort import missing_driver
 from lowprec.export.backends.tensorrt import COMPUTE_LAYERS, TypedLayer, audit, build
 from lowprec.export.backends.tensorrt import RTX as LIBRARY
 from lowprec.export.backends.tensorrt.audit import built_types
+from lowprec.export.emit import emit_onnx
 from lowprec.export.emit.keep import DEFAULT_KEEP
 from lowprec.export.emit.narrowing import Narrowing
 from lowprec.export.emit.quantise import quantise
+from lowprec.export.folding import fold
 from lowprec.export.tensors import TensorSpec
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
@@ -63,6 +66,25 @@ def test_engines_are_built_here_the_same_twice(files, tmp_path, precision):
     assert bool(sidecar["wide_layers"]) == (precision in ("fp32", "int8"))
     assert (sidecar["verification"], sidecar["tf32"], sidecar["flags"]) == ("built, not run", False, [])
     assert sidecar["system"].startswith("Linux")
+
+
+@needs_rtx
+@pytest.mark.parametrize("name", ["resnet_basic", "bn_transformer"])
+@pytest.mark.parametrize("precision", ["fp16", "mixed", "int8"])
+def test_engines_of_other_networks_are_the_same_twice(tmp_path, name, precision):
+    architecture = ARCHITECTURES[name]
+    network = randomise(architecture.make(1).eval(), "positive", seed=3)
+    model = emit_onnx(fold(network, (example(architecture, batch=2),))[0])
+    onnx.save(model, tmp_path / "fp32.onnx")
+    feeds = {model.graph.input[0].name: example(architecture, batch=8, seed=1).numpy()}
+    narrow, report = Narrowing().in_precision(precision, model, tmp_path / "fp32.onnx", feeds)
+    onnx.save(narrow, tmp_path / "m.onnx")
+    options = BuildOptions(precision, wide=frozenset(report.facts["wide"]), compute_capabilities=ONE_GPU)
+    engines = [tmp_path / name for name in ("a.rtx.engine", "b.rtx.engine")]
+    sidecar, _ = (RTX.build(tmp_path / "m.onnx", path, options) for path in engines)
+    if sidecar["same_bytes_again"]:
+        assert engines[0].read_bytes() == engines[1].read_bytes()
+    assert ("HALF" in sidecar["layer_types"]) == (precision != "int8")
 
 
 @needs_rtx

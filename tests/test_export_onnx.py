@@ -128,6 +128,18 @@ def test_a_file_becomes_a_bundle(folder, command):
     assert facts["fp16_headroom"]
 
 
+def test_a_file_is_exported_in_every_precision(folder, command):
+    words = ("--precision", "fp16", "bf16", "mixed", "int8", "--keep", "op:Gemm", "--narrow-io", "--opset", "21")
+    done = command("export", "net.onnx", "-o", "b", *words, "--calibration", "data.npz", cwd=folder)
+    assert done.status == 0, done.stdout + done.stderr
+    for name in ("model.fp16.onnx", "model.bf16.onnx", "model.mixed.onnx", "model.int8.onnx"):
+        onnx.checker.check_model(onnx.load(folder / "b" / name), full_check=True)
+    wide = json.loads((folder / "b" / "calibration.json").read_text())["wide"]
+    assert {precision: len(nodes) for precision, nodes in wide.items()} == dict.fromkeys(wide, 1)
+    assert set(wide) == {"fp16", "bf16", "mixed", "int8"}
+    assert command("verify", "b", cwd=folder).status == 0
+
+
 def test_ranges_are_those_of_the_data(folder, command):
     done = command("export", "net.onnx", "-o", "b", "--calibration", "data.npz", cwd=folder)
     assert done.status == 0, done.stdout + done.stderr

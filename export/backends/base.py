@@ -248,3 +248,8 @@ def onnx_model(artefact: str | Path | onnx.ModelProto) -> onnx.ModelProto:
 def narrowed(array: NDArray[Any], spec: TensorSpec) -> NDArray[Any]:
     """The array in the element type of an input, contiguous."""
     return np.ascontiguousarray(array, dtype=np.dtype(spec.dtype))
+
+
+def decoded(array: NDArray[Any], spec: TensorSpec) -> NDArray[Any]:
+    """An output as numpy knows it: bfloat16, whatever its bits were handed out as, becomes float32, exactly."""
+    return array.view(np.dtype(spec.dtype)).astype(np.float32) if spec.dtype == "bfloat16" else array

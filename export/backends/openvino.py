@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lowprec.errors import UnsupportedError
 from lowprec.export.backends.arithmetic import narrow_storage
-from lowprec.export.backends.base import OnnxBackend, Session, narrowed, onnx_model
+from lowprec.export.backends.base import OnnxBackend, Session, decoded, narrowed, onnx_model
 from lowprec.export.onnx_files import first_line
 from lowprec.export.tensors import specs_of
 from lowprec.packages import is_installed
@@ -40,7 +40,7 @@ class OpenVINOSession(Session):
             values = self._compiled(cast)
         except Exception as error:  # OpenVINO raises RuntimeError and its own kinds
             raise UnsupportedError(f"OpenVINO cannot run this model on this batch: {first_line(error)}") from error
-        return {spec.name: np.array(values[spec.name]) for spec in self.outputs}
+        return {spec.name: decoded(np.array(values[spec.name]), spec) for spec in self.outputs}
 
 
 class OpenVINO(OnnxBackend):

@@ -83,7 +83,8 @@ def emit_onnx(
                 verbose=False,
             )
     except Exception as error:  # torch.onnx wraps the failures of every one of its stages differently
-        raise UnsupportedError(f"the folded network cannot be written as ONNX: {_reason(error)}") from None
+        where = _place(folded, str(error))
+        raise UnsupportedError(f"the folded network cannot be written as ONNX{where}: {_reason(error)}") from None
     assert program is not None
     if folded.file is not None:
         _refer_to_file(program, folded.file)
@@ -106,6 +107,15 @@ def _refer_to_file(program: torch.onnx.ONNXProgram, file: WeightFile) -> None:
 
 def _free_axes(called: CallInterface) -> tuple[dict[int, torch.export.Dim], ...]:
     return tuple({axis: dim_named(name) for axis, name in axes.items()} for axes in called.dynamic_shapes)
+
+
+def _place(folded: FoldedModule, message: str) -> str:
+    """The modules whose operations a message names, as words; empty where it names none."""
+    nodes = [node for node in folded.network.graph.nodes if node.op == "call_function"]
+    named = [node for node in nodes if str(node.target).removesuffix(".default") in message]
+    paths = dict.fromkeys(folded.module_paths.get(node.name, "") for node in named)
+    shown = ", ".join(f"'{path}'" for path in paths if path)
+    return f" (in {shown})" if shown else ""
 
 
 def _reason(error: BaseException) -> str:

@@ -15,8 +15,10 @@ _OPTIONAL = {
     "torch": "training, calibration, export",
     "onnx": "export, verify, compare",
     "onnxscript": "export",
-    "onnxruntime": "running ONNX artefacts: pip install 'lowprec[cpu]'",
+    "onnxruntime": "running ONNX artefacts, int8: pip install 'lowprec[cpu]' or 'lowprec[gpu]'",
+    "openvino": "running ONNX artefacts: pip install 'lowprec[openvino]'",
     "tensorrt_rtx": "TensorRT-RTX engines: pip install 'lowprec[rtx]'",
+    "tensorrt": "TensorRT engines: pip install 'lowprec[tensorrt]'",
     "sklearn": "the embedded digits",
     "safetensors": "weights of runs",
     "rich": "tables and progress bars on a terminal",
@@ -38,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     say(f"lowprec {facts['lowprec']}, Python {facts['python']}, {facts['machine']}, {facts['cpus']} CPUs")
     say(f"devices: {facts['devices']}")
+    say(f"NVIDIA driver: {facts['driver']}")
     say(f"norm kernels: {facts['kernels']}")
     packages = [(name, found["version"] or "not installed", found["use"]) for name, found in facts["packages"].items()]
     print_table(("package", "version", "used for"), packages)
@@ -57,6 +60,7 @@ def examine() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "devices": _devices(),
+        "driver": _driver(),
         "kernels": _kernels(),
         "packages": {name: {"version": _version(name), "use": use} for name, use in _OPTIONAL.items()},
         "backends": _backends(),
@@ -70,6 +74,21 @@ def _version(module: str) -> str | None:
 
     distributions = metadata.packages_distributions().get(module, [module])
     return installed_versions(distributions).get(distributions[0], "unknown version")
+
+
+def _cannot_build(backend: Any) -> str | None:
+    from lowprec.export.backends import EngineBackend
+
+    return backend.cannot_build() if isinstance(backend, EngineBackend) else None
+
+
+def _driver() -> str:
+    if not is_installed("onnx") or not is_installed("numpy"):
+        return "onnx or numpy is not installed, so none was looked for"
+    from lowprec.export.backends.tensorrt.cuda import gpu_or_none
+
+    gpu = gpu_or_none()
+    return f"{gpu.name}, compute capability {gpu.capability}, CUDA {gpu.driver}" if gpu else "none here"
 
 
 def _devices() -> str:
@@ -101,7 +120,7 @@ def _backends() -> dict[str, dict[str, Any]]:
 
     return {
         name: {
-            "builds_or_opens": backend.unavailable() or "yes",
+            "builds_or_opens": backend.unavailable() or _cannot_build(backend) or "yes",
             "runs": backend.unavailable() or backend.cannot_run() or "yes",
             "artefacts": list(backend.suffixes) or ["modules"],
         }

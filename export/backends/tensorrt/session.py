@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowprec.errors import ArtifactError, DataError, UnsupportedError
-from lowprec.export.backends.base import Session, narrowed
+from lowprec.export.backends.base import Session, decoded, narrowed
 from lowprec.export.backends.tensorrt.audit import built_types
 from lowprec.export.backends.tensorrt.cuda import Driver, driver
 from lowprec.export.backends.tensorrt.library import Library, recorder
@@ -93,7 +93,7 @@ class EngineSession(Session):
         finally:
             for address in addresses:
                 self._device.free(address)
-        return found
+        return {spec.name: decoded(found[spec.name], spec) for spec in self.outputs}
 
     def _choose_profile(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """The first optimisation profile that the shapes lie in, and the shapes themselves."""
