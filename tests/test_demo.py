@@ -29,7 +29,8 @@ def test_the_waterfall_goes_from_the_fold_to_the_engine(demo, method):
     folder, done = demo
     parity = json.loads((folder / method / "bundle" / "parity.json").read_text())
     assert parity["passed"]
-    assert [(s["backend"], s["status"]) for s in parity["stages"]] == [
+    installed = ("torch", "reference", "onnxruntime", "tensorrt-rtx")  # by the demo's own command
+    assert [(s["backend"], s["status"]) for s in parity["stages"] if s["backend"] in installed] == [
         ("torch", "ran"),
         ("torch", "ran"),
         ("reference", "ran"),
@@ -41,7 +42,8 @@ def test_the_waterfall_goes_from_the_fold_to_the_engine(demo, method):
         ("reference", "ran"),
     ]
     for stage in parity["stages"]:
-        assert stage["name"] in done.stdout
+        assert stage["name"] in done.stdout or stage["status"] == "not available here"
+    assert "not available here: onnxruntime-cuda: " in done.stdout
 
 
 @pytest.mark.parametrize("method", METHODS)
