@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lowprec.artifacts import member_path, read_json, sha256_of
 from lowprec.data import Samples, load_data
-from lowprec.errors import ArtifactError
+from lowprec.errors import ArtifactError, UnsupportedError
 from lowprec.export.backends import BACKENDS
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.golden import Golden
@@ -35,10 +36,11 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two models: an ONNX file or a module, never both."""
+    """One of the two models: an ONNX file, an engine or a module."""
 
     name: str
     onnx_path: Path | None = None
+    engine: Path | None = None
     source: Source | None = None
 
 
@@ -54,7 +56,7 @@ def compare(
 
     Args:
         reference: an .onnx file, a run folder, MODULE:FACTORY, or a module in evaluation mode.
-        candidate: the same kinds.
+        candidate: the same kinds, or an .engine with its sidecar.
         data: samples; at most 256 of them are used.
         precision: what the candidate may be rounded to; read from its types when None.
         limits: the bands of the verdict.
@@ -69,9 +71,10 @@ def compare(
     left, right = _side(reference, "reference"), _side(candidate, "candidate")
     storage = _allowed(right, precision)
     golden, allowed = _golden(left, samples, storage), storage.name
-    if right.onnx_path is not None:
-        artefact = Artefact(right.name, right.onnx_path, allowed)
-        stages = run_stages([artefact], golden, BACKENDS, limits, progress)
+    file = right.onnx_path or right.engine
+    if file is not None:
+        backends = BACKENDS if right.engine is None else {name: BACKENDS[name] for name in [_library(right.engine)]}
+        stages = run_stages([Artefact(right.name, file, allowed)], golden, backends, limits, progress)
     else:
         assert right.source is not None
         session = BACKENDS["torch"].open(right.source.module)
@@ -85,15 +88,34 @@ def compare(
 def _side(model: str | Path | nn.Module, role: str) -> _Side:
     if isinstance(model, str | Path):
         path = Path(model)
-        if path.suffix == ".onnx":
+        if path.suffix in (".onnx", ".engine"):
             if not path.is_file():
                 raise ArtifactError(f"the {role} {path} is missing: no such file")
-            return _Side(path.name, onnx_path=path)
+            if path.suffix == ".onnx":
+                return _Side(path.name, onnx_path=path)
+            if role == "reference":
+                raise UnsupportedError(f"{path} is an engine, which has no float64 truth; give it as the candidate")
+            return _Side(path.name, engine=path)
     from lowprec.export.sources import Source, open_source
 
     if isinstance(model, str | Path):
         return _Side(str(model), source=open_source(str(model)))
     return _Side(type(model).__name__, source=Source(role, model))
+
+
+def _sidecar(engine: Path) -> dict[str, Any]:
+    content = read_json(engine.with_name(f"{engine.name}.json"), "the engine's sidecar")
+    if not isinstance(content, dict) or not isinstance(content.get("precision"), str):
+        raise ArtifactError(f"{engine}.json does not say what {engine.name} was built for; it is damaged")
+    return content
+
+
+def _library(engine: Path) -> str:
+    """The backend that built an engine."""
+    name = str(_sidecar(engine).get("backend"))
+    if name not in BACKENDS:
+        raise ArtifactError(f"{engine}.json names the backend {name!r}; the engine is of another version of lowprec")
+    return name
 
 
 def _golden(side: _Side, samples: Samples, storage: Storage) -> Golden:
@@ -110,9 +132,18 @@ def _golden(side: _Side, samples: Samples, storage: Storage) -> Golden:
 
 
 def _allowed(side: _Side, precision: str | None) -> Storage:
-    """How the candidate may store its values: in one format where that is named, else as it says itself."""
+    """How the candidate may store its values: in one format where that is named, else as it says itself.
+
+    An engine stores them as the ONNX file does that it was built from, where that lies beside it.
+    """
     if precision is not None and (precision in FORMATS or side.onnx_path is None):
         return Storage.of(format_of_precision(precision))
+    if side.engine is not None:
+        sidecar = _sidecar(side.engine)
+        source = member_path(side.engine.parent, str(sidecar.get("source")))
+        if source.is_file() and sha256_of(source) == sidecar.get("source_sha256"):
+            return storage_of(load_onnx(source), sidecar["precision"])
+        return Storage(sidecar["precision"], format_of_precision(sidecar["precision"]))
     if side.onnx_path is not None:
         return storage_of(load_onnx(side.onnx_path), precision)
     assert side.source is not None

@@ -10,17 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_export_onnx import WITHOUT_TORCH as WITHOUT
 from test_quantise import Small, randomise, samples
 
 from lowprec.cli import build_parser
 from lowprec.cli.build_options import build_options_from
-from lowprec.errors import ConfigError
-from lowprec.export import export, rebuild, verify
+from lowprec.errors import ArtifactError, ConfigError
+from lowprec.export import compare, export, rebuild, verify
 from lowprec.export.backends import BACKENDS, BuildOptions
 from lowprec.export.bundle import open_bundle
 from lowprec.export.rebuild import add_engine
 
 pytest.importorskip("tensorrt_rtx")
+WITHOUT_TORCH = WITHOUT.replace('"tensorrt_rtx", ', "").replace(', "tensorrt_rtx"', "")
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,32 @@ def test_an_engine_that_runs_is_judged_asked_in_other_ways_and_noted(bundle, mon
     assert [check.name for check in stages[1].checks] == ["twice", "batch", "rows"]
     assert {stage.verdict for stage in stages} == {"pass"}
     assert renewed.record("model.rtx.engine.json")["verification"] == "run on this machine: pass"
+
+
+def test_an_engine_is_compared_where_it_runs(bundle, command, monkeypatch):
+    add_engine(bundle, precision="fp16", options=BuildOptions(batch=(1, 4, 64), compute_capabilities=((8, 6),)))
+    np.savez(bundle.parent / "data.npz", x=samples(seed=9))
+    words = ("compare", "bundle/model.onnx", "bundle/model.rtx.engine", "--data", "data.npz")
+    done = command(*words, cwd=bundle.parent)
+    assert done.status == 3
+    assert "built, not run here" in done.stdout
+    done = command("compare", "bundle/model.rtx.engine", "bundle/model.onnx", "--data", "data.npz", cwd=bundle.parent)
+    assert done.status == 2
+    assert "an engine, which has no float64 truth; give it as the candidate" in done.stderr
+    backend = BACKENDS["tensorrt-rtx"]
+    monkeypatch.setattr(backend, "cannot_run", lambda: None)
+    monkeypatch.setattr(backend, "_open", lambda path: BACKENDS["onnxruntime"].open(bundle / "model.fp16.onnx"))
+    report = compare(bundle / "model.onnx", bundle / "model.rtx.engine", str(bundle.parent / "data.npz"))
+    assert (report.verdict, report.facts["precision"]) == ("pass", "fp16")
+    (bundle / "model.rtx.engine.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"does not say what model\.rtx\.engine was built for"):
+        compare(bundle / "model.onnx", bundle / "model.rtx.engine", str(bundle.parent / "data.npz"))
+
+
+def test_engines_are_added_where_torch_is_absent(bundle, process):
+    done = process("engine", "bundle", "--compute-capability", "8.6", cwd=bundle.parent, before=WITHOUT_TORCH)
+    assert done.status == 0, done.stderr
+    assert verify(bundle).passed
 
 
 @pytest.mark.parametrize(
