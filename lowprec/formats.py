@@ -120,6 +120,10 @@ class RoundingLoss:
     def __bool__(self) -> bool:
         return bool(self.overflow or self.vanished or self.subnormal)
 
+    def __add__(self, other: RoundingLoss) -> RoundingLoss:
+        counts = (self.overflow + other.overflow, self.vanished + other.vanished, self.subnormal + other.subnormal)
+        return RoundingLoss(*counts)
+
 
 def rounding_loss(x: ArrayLike, fmt: FloatFormat) -> RoundingLoss:
     """Counts the finite values of x that overflow, vanish to zero, or turn subnormal when rounded to `fmt`."""

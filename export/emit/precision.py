@@ -16,8 +16,9 @@ from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.export.emit.node_types import ELEMENT_TYPES, SCHEMA_TYPES, Keep, type_nodes
 from lowprec.export.emit.opset import in_opset, opset_of
 from lowprec.export.emit.retype import Rewriter
-from lowprec.export.external_data import array_of, check_model
-from lowprec.formats import FloatFormat, rounding_loss
+from lowprec.export.emit.rounding import tensor_loss
+from lowprec.export.external_data import check_model
+from lowprec.formats import FloatFormat
 from lowprec.report import ChangeReport
 
 # Conv, pooling and resizing take bfloat16 from this opset on.
@@ -93,7 +94,7 @@ def _check_edges(model: onnx.ModelProto, is_float: dict[str, bool], names: Colle
 
 def _with_overflowing(model: onnx.ModelProto, is_float: dict[str, bool], fmt: FloatFormat, keep: Keep | None) -> Keep:
     """`keep`, and the nodes that read a constant which overflows."""
-    losses = {t.name: rounding_loss(array_of(t), fmt) for t in model.graph.initializer if is_float.get(t.name)}
+    losses = {t.name: tensor_loss(t, fmt) for t in model.graph.initializer if is_float.get(t.name)}
     overflowing = {name for name, loss in losses.items() if loss.overflow}
 
     def reason(node: onnx.NodeProto) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from onnx import TensorProto, numpy_helper
 from lowprec.errors import UnsupportedError
 from lowprec.export.external_data import array_of
 from lowprec.formats import BF16, FP16, FP32, FP64, FloatFormat, RoundingLoss, round_to, rounding_loss
+
+_BLOCK = 1 << 22  # elements rounded at a time
 
 FORMAT_OF: dict[int, FloatFormat] = {
     TensorProto.DOUBLE: FP64,
@@ -57,13 +60,27 @@ def round_tensor(tensor: onnx.TensorProto, fmt: FloatFormat, name: str) -> tuple
         UnsupportedError: a finite value overflows.
     """
     values = array_of(tensor)
-    loss = rounding_loss(values, fmt)
+    loss, data = RoundingLoss(0, 0, 0), bytearray()
+    for block in _blocks(values):
+        loss += rounding_loss(block, fmt)
+        rounded = round_to(block, fmt)
+        data += rounded.astype("<f2").tobytes() if fmt is FP16 else _bfloat16_bytes(rounded)
     if loss.overflow:
         raise _overflow(tensor.name, values, loss.overflow, fmt)
-    rounded = round_to(values, fmt)
-    if fmt is FP16:
-        return numpy_helper.from_array(rounded.astype(np.float16), name), loss
-    return onnx.helper.make_tensor(name, TensorProto.BFLOAT16, values.shape, _bfloat16_bytes(rounded), raw=True), loss
+    kind = TensorProto.FLOAT16 if fmt is FP16 else TensorProto.BFLOAT16
+    return TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=bytes(data)), loss
+
+
+def tensor_loss(tensor: onnx.TensorProto, fmt: FloatFormat) -> RoundingLoss:
+    """What rounding a float32 tensor to `fmt` would lose."""
+    return sum((rounding_loss(block, fmt) for block in _blocks(array_of(tensor))), RoundingLoss(0, 0, 0))
+
+
+def _blocks(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """A tensor in pieces, since rounding goes through several float64 copies."""
+    flat = values.reshape(-1)
+    for start in range(0, flat.size, _BLOCK):
+        yield flat[start : start + _BLOCK]
 
 
 def _overflow(name: str, values: NDArray[Any], count: int, fmt: FloatFormat) -> UnsupportedError:

@@ -1,6 +1,6 @@
 """Time and memory of folding and emitting a network of more than 2 GiB, which no single protobuf message holds.
 
-    python -m tests.benchmarks.large_model [--gib 2.5] [--whole]
+    python -m tests.benchmarks.large_model [--gib 2.5] [--whole] [--precision fp32]
 
 A stack of linear layers, each with a batch norm that folds into it, so that every weight changes. Memory is the largest
 resident size of the process that built the network, imports included, as a share of the weights. `--whole` exports a
@@ -51,6 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gib", type=float, default=2.5, help="of weights")
     parser.add_argument("--whole", action="store_true", help="a whole bundle")
+    parser.add_argument("--precision", default="fp32", help="of the bundle, beside fp32")
     args = parser.parse_args()
     model = network(args.gib)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
@@ -59,7 +60,7 @@ def main() -> int:
         if args.whole:
             from lowprec.export import export
 
-            parity = export(model, (torch.randn(4, WIDTH),), Path(folder) / "bundle", precision="fp32").parity
+            parity = export(model, (torch.randn(4, WIDTH),), Path(folder) / "bundle", precision=args.precision).parity
             print(f"parity: {parity.verdict}")
         else:
             fold_and_emit(model, Path(folder))
