@@ -244,6 +244,7 @@ def test_an_engine_that_fits_is_loaded(tmp_path, library, changed, gpu):
             MissingDependencyError,
             r"compute capability 8\.0, 8\.6, 12\.0; this GPU, H",
         ),
+        (TENSORRT, {}, Gpu("GPU A", "8.6", "12.9"), MissingDependencyError, r"a driver for CUDA 13\.0, this machine's"),
         (RTX, {"backend": "tensorrt"}, A, ArtifactError, "is not the sidecar of a TensorRT-RTX engine"),
         (RTX, {"sha256": "0" * 64}, A, ArtifactError, "is not the file that m.engine.json speaks of"),
         (TENSORRT, {}, OTHER, MissingDependencyError, r"was built on GPU A .*this GPU is GPU B \(8\.6\)"),

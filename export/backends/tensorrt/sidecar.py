@@ -80,6 +80,13 @@ def check_sidecar(file: Path, library: Library, gpu: Gpu | None = None) -> dict[
 
 
 def _check_gpu(file: Path, content: Mapping[str, Any], gpu: Gpu) -> None:
+    built = content.get("built_on") or {}
+    driver = str(built.get("driver", "0.0"))
+    if _numbers(gpu.driver) < _numbers(driver):
+        raise MissingDependencyError(
+            f"{file.name} was built with a driver for CUDA {driver}, this machine's is for {gpu.driver}; update the "
+            "driver, or build it here with lowprec engine"
+        )
     targets = content.get("compute_capabilities")
     if targets is not None:
         if gpu.capability not in targets:
@@ -88,12 +95,11 @@ def _check_gpu(file: Path, content: Mapping[str, Any], gpu: Gpu) -> None:
                 f"{gpu.capability}; build it here with lowprec engine"
             )
         return
-    built = content.get("built_on") or {}
     level = content.get("hardware_compatible")
     fits = {
         None: built.get("name") == gpu.name and built.get("capability") == gpu.capability,
         "same": built.get("capability") == gpu.capability,
-        "ampere+": float(gpu.capability) >= 8.0,
+        "ampere+": _numbers(gpu.capability) >= (8, 0),
     }[level]
     if not fits:
         kept = f", hardware compatible: {level}" if level else ""
@@ -101,3 +107,7 @@ def _check_gpu(file: Path, content: Mapping[str, Any], gpu: Gpu) -> None:
             f"{file.name} was built on {built.get('name')} (compute capability {built.get('capability')}{kept}); this "
             f"GPU is {gpu.name} ({gpu.capability}); build it here with lowprec engine"
         )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
