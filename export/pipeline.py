@@ -122,7 +122,9 @@ def export(
         golden = golden_from(network.run, Float64Graph(model), data.inputs, data.labels, storages)
         step()
         golden.save(work / layout.GOLDEN)
-        write_json(work / layout.CALIBRATION, network.ranges(golden.inputs).to_dict() | {"wide": wide})
+        keep_asked = None if plan.narrowing.keep is None else plan.narrowing.keep.to_dict()
+        about_wide = {"wide": wide, "keep": keep_asked}
+        write_json(work / layout.CALIBRATION, network.ranges(golden.inputs).to_dict() | about_wide)
         bound = {"model_onnx_sha256": sha256_of(work / "model.onnx"), "limit": MAX_FLOAT64_ERROR}
         write_json(work / layout.FOLD, fold_report.to_dict() | bound)
         step()

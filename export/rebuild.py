@@ -19,7 +19,7 @@ from lowprec.errors import ConfigError
 from lowprec.export import bundle as layout
 from lowprec.export.backends import BACKENDS, BuildOptions
 from lowprec.export.backends.base import Precision
-from lowprec.export.backends.tensorrt.cuda import gpu_or_none
+from lowprec.export.backends.cuda import gpu_or_none
 from lowprec.export.bundle import Bundle, is_bundle, open_bundle, provenance, write_manifest
 from lowprec.export.engines import ENGINE_TARGETS, build_engine, check_targets
 from lowprec.export.golden import Golden

@@ -15,8 +15,8 @@ import pytest
 
 from lowprec.artifacts import sha256_of
 from lowprec.errors import ArtifactError, DataError, MissingDependencyError, UnsupportedError
+from lowprec.export.backends.cuda import Driver, Gpu
 from lowprec.export.backends.tensorrt import session as sessions
-from lowprec.export.backends.tensorrt.cuda import Driver, Gpu
 from lowprec.export.backends.tensorrt.library import RTX, TENSORRT, Library
 from lowprec.export.backends.tensorrt.session import EngineSession
 from lowprec.export.backends.tensorrt.sidecar import check_sidecar

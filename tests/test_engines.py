@@ -16,7 +16,7 @@ from reference_parity import cnn, digits, graph_of, half_typed, trained_weights
 
 from lowprec.errors import ArtifactError, ConfigError, MissingDependencyError, UnsupportedError
 from lowprec.export.backends import BACKENDS, BuildOptions, EngineBackend
-from lowprec.export.backends.ort import missing_driver
+from lowprec.export.backends.cuda import missing_driver
 from lowprec.export.backends.tensorrt import COMPUTE_LAYERS, TypedLayer, audit, build
 from lowprec.export.backends.tensorrt import RTX as LIBRARY
 from lowprec.export.backends.tensorrt.audit import built_types

@@ -134,7 +134,9 @@ def test_a_file_is_exported_in_every_precision(folder, command):
     assert done.status == 0, done.stdout + done.stderr
     for name in ("model.fp16.onnx", "model.bf16.onnx", "model.mixed.onnx", "model.int8.onnx"):
         onnx.checker.check_model(onnx.load(folder / "b" / name), full_check=True)
-    wide = json.loads((folder / "b" / "calibration.json").read_text())["wide"]
+    record = json.loads((folder / "b" / "calibration.json").read_text())
+    wide = record["wide"]
+    assert [entry["match"] for entry in record["keep"]["keep"]] == ["op:Gemm"]
     assert {precision: len(nodes) for precision, nodes in wide.items()} == dict.fromkeys(wide, 1)
     assert set(wide) == {"fp16", "bf16", "mixed", "int8"}
     assert command("verify", "b", cwd=folder).status == 0

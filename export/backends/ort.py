@@ -8,7 +8,6 @@ graph is read to see what each product is really computed in.
 
 from __future__ import annotations
 
-import ctypes
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -23,6 +22,7 @@ from onnx.external_data_helper import uses_external_data
 from lowprec.errors import MissingDependencyError, NoKernelError, UnsupportedError
 from lowprec.export.backends.arithmetic import describe, narrow_storage, product_types
 from lowprec.export.backends.base import OnnxBackend, Session, narrowed, onnx_model
+from lowprec.export.backends.cuda import missing_driver
 from lowprec.export.onnx_files import first_line
 from lowprec.export.tensors import specs_of
 from lowprec.packages import is_installed
@@ -153,15 +153,6 @@ def missing_provider(provider: str, available: Iterable[str], extra: str) -> str
         f"this onnxruntime was built for {', '.join(built)} and lacks {provider}; pip uninstall onnxruntime, then "
         f"pip install lowprec[{extra}]"
     )
-
-
-def missing_driver() -> str | None:
-    """That there is no NVIDIA driver here, or None."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "no NVIDIA driver (libcuda.so.1) on this machine"
-    return None
 
 
 def check_providers(asked: str, found: list[str]) -> None:

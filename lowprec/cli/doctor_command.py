@@ -85,7 +85,7 @@ def _cannot_build(backend: Any) -> str | None:
 def _driver() -> str:
     if not is_installed("onnx") or not is_installed("numpy"):
         return "onnx or numpy is not installed, so none was looked for"
-    from lowprec.export.backends.tensorrt.cuda import gpu_or_none
+    from lowprec.export.backends.cuda import gpu_or_none
 
     gpu = gpu_or_none()
     return f"{gpu.name}, compute capability {gpu.capability}, CUDA {gpu.driver}" if gpu else "none here"

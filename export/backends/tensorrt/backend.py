@@ -7,7 +7,7 @@ from typing import Any
 
 from lowprec.errors import ConfigError, MissingDependencyError
 from lowprec.export.backends.base import BuildOptions, EngineBackend, Session
-from lowprec.export.backends.ort import missing_driver
+from lowprec.export.backends.cuda import missing_driver
 from lowprec.export.backends.tensorrt.library import Library
 from lowprec.export.backends.tensorrt.sidecar import check_sidecar, sidecar_of
 from lowprec.export.backends.tensorrt.worker import build_in_a_process

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from lowprec.export.backends.ort import missing_driver
+from lowprec.export.backends.cuda import missing_driver
 from lowprec.packages import is_installed
 
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from lowprec.errors import ArtifactError, DataError, UnsupportedError
 from lowprec.export.backends.base import Session, decoded, narrowed
+from lowprec.export.backends.cuda import Driver, driver
 from lowprec.export.backends.tensorrt.audit import built_types
-from lowprec.export.backends.tensorrt.cuda import Driver, driver
 from lowprec.export.backends.tensorrt.library import Library, recorder
 from lowprec.export.tensors import TensorSpec
 

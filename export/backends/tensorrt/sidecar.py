@@ -10,7 +10,7 @@ from typing import Any
 from lowprec.artifacts import read_json, sha256_of
 from lowprec.errors import ArtifactError, MissingDependencyError
 from lowprec.export.backends.base import BuildOptions, Shapes
-from lowprec.export.backends.tensorrt.cuda import Gpu, gpu_or_none
+from lowprec.export.backends.cuda import Gpu, gpu_or_none
 from lowprec.export.backends.tensorrt.library import Library
 
 NOT_RUN = "built, not run"

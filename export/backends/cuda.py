@@ -1,4 +1,7 @@
-"""The few calls of the CUDA driver that running an engine takes, without torch or cuda-python."""
+"""NVIDIA's driver: whether it is there, its GPU, and the few calls that running an engine takes.
+
+Through ctypes, so that neither torch nor cuda-python is needed.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from lowprec.errors import MissingDependencyError, UnsupportedError
 
+_LIBRARY = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _NAME_LENGTH = 100
 
@@ -45,7 +48,7 @@ class Driver:
         MissingDependencyError: no driver, or no device.
     """
 
-    def __init__(self, library: str = "libcuda.so.1") -> None:
+    def __init__(self, library: str = _LIBRARY) -> None:
         try:
             self._lib = ctypes.CDLL(library)
         except OSError:
@@ -111,6 +114,15 @@ def _host(array: NDArray[Any]) -> tuple[ctypes.c_void_p, ctypes.c_size_t]:
     return ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
 
 
+def missing_driver() -> str | None:
+    """That there is no NVIDIA driver here, or None."""
+    try:
+        ctypes.CDLL(_LIBRARY)
+    except OSError:
+        return f"no NVIDIA driver ({_LIBRARY}) on this machine"
+    return None
+
+
 @functools.cache
 def driver() -> Driver:
     """The process's driver."""
@@ -123,8 +135,3 @@ def gpu_or_none() -> Gpu | None:
         return driver().gpu()
     except MissingDependencyError:
         return None
-
-
-def empty(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    """An uninitialised host array."""
-    return np.empty(shape, np.dtype(dtype))
