@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lowprec.errors import DataError, LowprecError, MissingDependencyError, NoKernelError, UnsupportedError
 from lowprec.export.backends import BACKENDS, Backend, EngineBackend, Session, backend_named
+from lowprec.export.external_data import external_path
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.golden import Golden
 from lowprec.export.onnx_files import load_onnx, module_path
@@ -67,13 +68,30 @@ def run_stages(
     limits: Limits,
     progress: Callable[[int, int], None] | None = None,
     suffix: str = "",
+    named: bool = False,
 ) -> list[Stage]:
-    """One stage per artefact and backend that takes it; those that cannot run here say why."""
+    """One stage per artefact and backend that takes it; those that cannot run here say why.
+
+    Args:
+        artefacts: what is judged.
+        golden: samples, truth and floors.
+        backends: by name.
+        limits: the bands of the verdict.
+        progress: called with (done, total).
+        suffix: of the names of stages.
+        named: whether the backends were asked for by name; else one that would hold the weights of a large artefact
+            twice is left out, so that memory stays bounded.
+    """
     jobs = [(a, n, b) for a in artefacts for n, b in backends.items() if b.accepts(a.path)]
     stages = []
     for done, (artefact, name, backend) in enumerate(jobs):
         if progress:
             progress(done, len(jobs))
+        if backend.copies_weights and not named and external_path(artefact.path).exists():
+            reason = f"it would hold the large weights twice; ask for it with verify --backend {name}"
+            title = f"{artefact.precision} on {name}{suffix}"
+            stages.append(Stage(title, artefact.name, name, "-", status="not available here", reason=reason))
+            continue
         stages.append(_run_stage(artefact, name, backend, golden, limits, suffix))
     for artefact in artefacts:
         if artefact.path.suffix == ".onnx":

@@ -43,18 +43,18 @@ def verify(
         MissingDependencyError: a backend asked for by name cannot run here.
     """
     opened = open_bundle(bundle, manifest_sha256)
-    chosen = choose_backends(backends)
+    chosen, named = choose_backends(backends), backends is not None
     golden = Golden.load(opened.path(layout.GOLDEN))
     artefacts = bundle_artefacts(opened)
     if backends is not None:
         _require_work(opened, artefacts, chosen)
-    stages = [_evidence(opened), *run_stages(artefacts, golden, chosen, limits, progress)]
+    stages = [_evidence(opened), *run_stages(artefacts, golden, chosen, limits, progress, named=named)]
     if data is not None:
         storages = [
             storage_of(load_onnx(opened.path(name)), precision) for precision, name in opened.onnx_artefacts.items()
         ]
         wider = golden_from_onnx(opened.path("model.onnx"), data, storages)
-        stages += run_stages(artefacts, wider, chosen, limits, progress, suffix=f" on {Path(data).name}")
+        stages += run_stages(artefacts, wider, chosen, limits, progress, f" on {Path(data).name}", named)
     return ParityReport(tuple(stages), facts={"bundle": str(opened.folder), "manifest_sha256": opened.manifest_sha256})
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from lowprec.errors import ArtifactError
 from lowprec.export import export, external_data, onnx_files, torch_network, verify, weight_file
+from lowprec.export.backends import BuildOptions
 from lowprec.export.external_data import array_of, write_model
 from lowprec.export.onnx_files import load_onnx
 from lowprec.export.weight_file import ALIGNMENT, WeightFile
@@ -39,6 +40,7 @@ def network():
     return randomise(nn.Sequential(*layers).eval())
 
 
+ONE_GPU = BuildOptions(batch=(1, 4, 8), compute_capabilities=((8, 6),))
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
@@ -66,21 +68,26 @@ def test_a_weight_in_a_file_is_the_same_weight(tmp_path, lowered):
 
 
 def test_a_large_network_is_exported_with_its_weights_beside_it(network, tmp_path, monkeypatch, request):
-    export(network, (X,), tmp_path / "small", precision=("fp32", "fp16"))
+    asked = ("mixed", "int8", "fp16")
+    export(network, (X,), tmp_path / "small", asked, ("onnx", "tensorrt-rtx"), build=ONE_GPU)
     request.getfixturevalue("lowered")
-    bundle = export(network, (X,), tmp_path / "large", precision=("fp32", "fp16"))
+    bundle = export(network, (X,), tmp_path / "large", asked, ("onnx", "tensorrt-rtx"), build=ONE_GPU)
 
-    assert {"model.onnx.data", "model.fp16.onnx.data"} <= set(bundle.files)
+    assert {f"model.{kind}onnx.data" for kind in ("", "fp16.", "mixed.", "int8.")} <= set(bundle.files)
     light = onnx.load(tmp_path / "large" / "model.onnx", load_external_data=False)
     assert any(uses_external_data(tensor) for tensor in light.graph.initializer)
     assert not any("/" in entry.value for tensor in light.graph.initializer for entry in tensor.external_data)
-    for name in ("model.onnx", "model.fp16.onnx"):
+    for name in ("model.onnx", "model.fp16.onnx", "model.mixed.onnx", "model.int8.onnx"):
         small, large = (onnx.load(tmp_path / size / name) for size in ("small", "large"))
         values = [{t.name: numpy_helper.to_array(t) for t in m.graph.initializer} for m in (small, large)]
         assert values[0].keys() == values[1].keys()
         assert all(np.array_equal(value, values[1][key]) for key, value in values[0].items())
     assert bundle.parity.passed
     assert verify(tmp_path / "large").passed
+    assert "would hold the large weights twice" in bundle.parity.absent["openvino"]
+    assert any(stage.status == "ran" for stage in verify(tmp_path / "large", ["openvino"]).stages[1:])
+    engines = [tmp_path / size / "model.rtx.engine" for size in ("small", "large")]
+    assert engines[0].read_bytes() == engines[1].read_bytes()
     whole, beside = (json.loads((tmp_path / size / "fold.json").read_text()) for size in ("small", "large"))
     assert whole["facts"]["float64_error"] == beside["facts"]["float64_error"]
     assert not [path.name for path in tmp_path.glob("**/.*")]

@@ -64,11 +64,13 @@ class Backend(ABC):
         name: the name on the command line and in reports.
         summary: one line for people.
         suffixes: file endings that it opens; empty if it takes no files.
+        copies_weights: whether it holds weights that are mapped from a file a second time.
     """
 
     name: str
     summary: str
     suffixes: tuple[str, ...]
+    copies_weights = False
 
     @abstractmethod
     def unavailable(self) -> str | None:

@@ -48,6 +48,7 @@ class OpenVINO(OnnxBackend):
 
     name = "openvino"
     summary = "ONNX on OpenVINO's CPU device"
+    copies_weights = True
 
     def unavailable(self) -> str | None:
         """Why openvino cannot be imported, or None."""
