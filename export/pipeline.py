@@ -171,7 +171,7 @@ def _write_models(
         path = work / layout.ONNX_BY_PRECISION[precision]
         stored = model
         if precision != "fp32":
-            stored, report = plan.narrowing.in_precision(precision, model, first, data.inputs)
+            stored, report = plan.narrowing.in_precision(precision, model, first, data.inputs, path)
             wide[precision] = report.facts["wide"]
         write_model(path, stored)
         artefacts.append(Artefact(path.name, path, precision))

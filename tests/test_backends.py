@@ -254,7 +254,7 @@ def typed(weights, tmp_path_factory):
     model = cnn(weights)
     onnx.save(model, folder / "fp32.onnx")
     for edges in (False, True):
-        bf16, _ = Narrowing(narrow_io=edges).in_precision("bf16", model, folder, {})
+        bf16, _ = Narrowing(narrow_io=edges).in_precision("bf16", model, folder, {}, None)
         onnx.save(bf16, folder / f"bf16-{edges}.onnx")
     onnx.save(quantise(folder / "fp32.onnx", {"x": digits()[0][:64]}, DEFAULT_KEEP)[0], folder / "int8.onnx")
     return folder

@@ -41,7 +41,7 @@ def files(tmp_path_factory):
     onnx.save(model, folder / "fp32.onnx")
     onnx.save(half_typed(cnn(weights)), folder / "fp16.onnx")
     for precision in ("bf16", "mixed"):
-        onnx.save(Narrowing().in_precision(precision, model, folder, {})[0], folder / f"{precision}.onnx")
+        onnx.save(Narrowing().in_precision(precision, model, folder, {}, None)[0], folder / f"{precision}.onnx")
     onnx.save(quantise(folder / "fp32.onnx", {"x": digits()[0][:64]}, DEFAULT_KEEP)[0], folder / "int8.onnx")
     return folder
 
@@ -77,7 +77,7 @@ def test_engines_of_other_networks_are_the_same_twice(tmp_path, name, precision)
     model = emit_onnx(fold(network, (example(architecture, batch=2),))[0])
     onnx.save(model, tmp_path / "fp32.onnx")
     feeds = {model.graph.input[0].name: example(architecture, batch=8, seed=1).numpy()}
-    narrow, report = Narrowing().in_precision(precision, model, tmp_path / "fp32.onnx", feeds)
+    narrow, report = Narrowing().in_precision(precision, model, tmp_path / "fp32.onnx", feeds, tmp_path / "m.onnx")
     onnx.save(narrow, tmp_path / "m.onnx")
     options = BuildOptions(precision, wide=frozenset(report.facts["wide"]), compute_capabilities=ONE_GPU)
     engines = [tmp_path / name for name in ("a.rtx.engine", "b.rtx.engine")]

@@ -61,7 +61,7 @@ def copied(model):
 
 
 def narrowed(model, precision, **options):
-    return Narrowing(**options).in_precision(precision, model, None, {})[0]
+    return Narrowing(**options).in_precision(precision, model, None, {}, None)[0]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "mixed"])
@@ -130,7 +130,7 @@ def test_a_wide_node_reads_a_narrow_input_and_makes_a_narrow_output():
 
 def test_mixed_keeps_what_overflows_and_says_so():
     model = small([("Mul", ["x", "k"], ["h"]), ("Sigmoid", ["h"], ["y"])], [("k", [1.0, 2.0, -1e5, 7e4])])
-    mixed, report = Narrowing().in_precision("mixed", model, None, {})
+    mixed, report = Narrowing().in_precision("mixed", model, None, {}, None)
     assert [(row.name, row.reason) for row in report.refused] == [("Mul_0", "its constant 'k' overflows fp16")]
     assert {tensor.name: tensor.data_type for tensor in mixed.graph.initializer} == {"k": TensorProto.FLOAT}
     x = np.array([[1.0, 0.5, 1e-5, 1e-5]], np.float32)
@@ -148,11 +148,11 @@ def test_a_keep_list_serves_every_narrow_precision():
 
     model = emit_onnx(fold(Two().eval(), (torch.randn(2, 4),))[0])
     for precision in ("fp16", "bf16", "mixed"):
-        narrow, report = Narrowing(keep_list(["module:head"])).in_precision(precision, model, None, {})
+        narrow, report = Narrowing(keep_list(["module:head"])).in_precision(precision, model, None, {}, None)
         assert [row.name for row in report.refused] == ["head.0", "head.1", "head.2"]
         wide = {tensor.name for tensor in narrow.graph.initializer if tensor.data_type == TensorProto.FLOAT}
         assert wide == {"head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}
-    _, report = Narrowing().in_precision("mixed", model, None, {})
+    _, report = Narrowing().in_precision("mixed", model, None, {}, None)
     assert [row.reason for row in report.refused] == [DEFAULT_KEEP.entries[0].reason]
 
 

@@ -10,10 +10,13 @@ from typing import Any
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
+from onnx.external_data_helper import uses_external_data
 
 from lowprec.export.emit.keep import DEFAULT_KEEP, KeepList
 from lowprec.export.emit.precision import convert_precision
 from lowprec.export.emit.quantise import quantise
+from lowprec.export.external_data import external_path
+from lowprec.export.weight_file import WeightFile
 from lowprec.formats import BF16, FP16
 from lowprec.report import ChangeReport
 
@@ -31,7 +34,7 @@ class Narrowing:
     narrow_io: bool | Collection[str] = False
 
     def in_precision(
-        self, precision: str, model: onnx.ModelProto, path: Path, feeds: Mapping[str, NDArray[Any]]
+        self, precision: str, model: onnx.ModelProto, path: Path, feeds: Mapping[str, NDArray[Any]], target: Path
     ) -> tuple[onnx.ModelProto, ChangeReport]:
         """A narrow copy of a model, and which of its nodes stay float32 and why.
 
@@ -41,6 +44,8 @@ class Narrowing:
             model: float32.
             path: its file.
             feeds: samples that int8 takes its scales from.
+            target: where the result will be written; where the weights of `model` are in a file, those of the result
+                are put beside it right away.
 
         Raises:
             ConfigError: `narrow_io` names no floating input or output.
@@ -50,12 +55,17 @@ class Narrowing:
         if precision == "int8":
             return quantise(path, feeds, self.keep or DEFAULT_KEEP)
         keep = self.keep or (DEFAULT_KEEP if precision == "mixed" else KeepList())
+        file = None
+        if any(map(uses_external_data, model.graph.initializer)):
+            file = WeightFile(target.parent)
+            file.move_to(external_path(target))
         return convert_precision(
             model,
             BF16 if precision == "bf16" else FP16,
             keep.reason,
             narrow_edges=self._edges(model),
             keep_overflowing=precision == "mixed",
+            file=file,
         )
 
     def _edges(self, model: onnx.ModelProto) -> Collection[str]:

@@ -18,6 +18,7 @@ from lowprec.export.emit.opset import in_opset, opset_of
 from lowprec.export.emit.retype import Rewriter
 from lowprec.export.emit.rounding import tensor_loss
 from lowprec.export.external_data import check_model
+from lowprec.export.weight_file import WeightFile
 from lowprec.formats import FloatFormat
 from lowprec.report import ChangeReport
 
@@ -32,6 +33,7 @@ def convert_precision(
     *,
     narrow_edges: Collection[str] = (),
     keep_overflowing: bool = False,
+    file: WeightFile | None = None,
 ) -> tuple[onnx.ModelProto, ChangeReport]:
     """A strongly typed copy of a float32 model in a narrower type.
 
@@ -41,6 +43,7 @@ def convert_precision(
         keep: says which nodes stay float32, and why.
         narrow_edges: floating inputs and outputs of the graph that are of the narrow type; the others stay float32.
         keep_overflowing: keep the nodes that read a constant which overflows, instead of refusing it.
+        file: where large rounded weights go, which the model then refers to.
 
     Returns:
         The new model; a report with a `changed` row per rounded constant that lost something, a `refused` row per node
@@ -62,7 +65,7 @@ def convert_precision(
     if keep_overflowing:
         keep = _with_overflowing(source, is_float, fmt, keep)
     typing = type_nodes(source, is_float, SCHEMA_TYPES[fmt.name], keep, narrow_edges)
-    rewriter = Rewriter(source, fmt, is_float, typing, narrow_edges)
+    rewriter = Rewriter(source, fmt, is_float, typing, narrow_edges, file)
     result = rewriter.run()
     check_model(result)
     return result, rewriter.report

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from lowprec.export.emit.node_types import ELEMENT_TYPES, Typing, is_idle_cast
 from lowprec.export.emit.rounding import round_tensor
-from lowprec.export.external_data import without_weights
+from lowprec.export.external_data import refer, weights_as_inputs, without_weights
 from lowprec.export.onnx_files import module_path
+from lowprec.export.weight_file import WeightFile
 from lowprec.formats import FP32, FloatFormat
 from lowprec.report import ChangeReport
 
@@ -28,6 +30,7 @@ class Rewriter:
         is_float: for each value, whether it is float32 in the source.
         typing: what becomes narrow.
         narrow_edges: inputs and outputs that are narrow; the others stay float32.
+        file: where rounded weights go that are worth a place in a file; None to keep them in the model.
 
     Attributes:
         report: rows and counts, complete after `run`.
@@ -40,7 +43,9 @@ class Rewriter:
         is_float: dict[str, bool],
         typing: Typing,
         narrow_edges: Collection[str] = (),
+        file: WeightFile | None = None,
     ) -> None:
+        self._file = file
         self.report = ChangeReport()
         self._source = source
         self._fmt = fmt
@@ -88,8 +93,10 @@ class Rewriter:
         result.graph.node.extend(self._nodes)
         read = {name for node in self._nodes for name in node.input} | {value.name for value in result.graph.output}
         result.graph.initializer.extend(tensor for name, tensor in self._initializers.items() if name in read)
-        inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(result)
-        return inferred
+        self._initializers.clear()
+        inferred = onnx.shape_inference.infer_shapes(weights_as_inputs(result))
+        result.graph.value_info.extend(inferred.graph.value_info)
+        return result
 
     def _write_node(self, node: onnx.NodeProto, inputs: Sequence[bool | None], outputs: Sequence[bool | None]) -> None:
         if is_idle_cast(node, self._is_float):
@@ -134,7 +141,10 @@ class Rewriter:
             self._initializers[made].CopyFrom(tensor)
             self._initializers[made].name = made
             return made
-        self._initializers[made], loss = round_tensor(tensor, self._fmt, made)
+        rounded, loss = round_tensor(tensor, self._fmt, made)
+        if self._file is not None:
+            _move_into(self._file, rounded)
+        self._initializers[made] = rounded
         self._losses["subnormal"] += loss.subnormal
         self._losses["vanished"] += loss.vanished
         if loss:
@@ -182,6 +192,14 @@ class Rewriter:
             made += "_"
         self._taken.add(made)
         return made
+
+
+def _move_into(file: WeightFile, tensor: onnx.TensorProto) -> None:
+    """Makes a tensor a reference to its bytes in the file, if it is worth a place there."""
+    place = file.find(file.add(np.frombuffer(tensor.raw_data, np.uint8)))
+    if place is not None:
+        refer(tensor, str(file.path), *place)
+        file.release()
 
 
 def _place(node: onnx.NodeProto) -> str:
