@@ -87,7 +87,7 @@ def run_stages(
     for done, (artefact, name, backend) in enumerate(jobs):
         if progress:
             progress(done, len(jobs))
-        if backend.copies_weights and not named and external_path(artefact.path).exists():
+        if backend.copies_weights(artefact.precision) and not named and external_path(artefact.path).exists():
             reason = f"it would hold the large weights twice; ask for it with verify --backend {name}"
             title = f"{artefact.precision} on {name}{suffix}"
             stages.append(Stage(title, artefact.name, name, "-", status="not available here", reason=reason))

@@ -61,17 +61,19 @@ def product_types(optimised: onnx.ModelProto) -> Counter[str]:
     return found
 
 
-def describe(stored: set[str], computed: Counter[str], device: str = "on the CPU") -> str:
+def describe(stored: set[str], computed: Counter[str] | None, device: str = "on the CPU") -> str:
     """The arithmetic in words.
 
     Args:
         stored: the narrow formats that the model declares.
-        computed: how many products compute in each element type.
+        computed: how many products compute in each element type; None where that could not be read.
         device: where.
     """
     if not stored:
         return f"the types that the graph declares, {device}"
     storage = " and ".join(sorted(stored))
+    if computed is None:
+        return f"{storage} storage {device}; the graph is too large to read back what its products compute in"
     if not computed:
         return f"{storage} storage {device}; the graph holds no convolution or matrix product"
     counts = ", ".join(f"{count} in {kind}" for kind, count in sorted(computed.items()))

@@ -64,13 +64,11 @@ class Backend(ABC):
         name: the name on the command line and in reports.
         summary: one line for people.
         suffixes: file endings that it opens; empty if it takes no files.
-        copies_weights: whether it holds weights that are mapped from a file a second time.
     """
 
     name: str
     summary: str
     suffixes: tuple[str, ...]
-    copies_weights = False
 
     @abstractmethod
     def unavailable(self) -> str | None:
@@ -83,6 +81,10 @@ class Backend(ABC):
     @abstractmethod
     def _open(self, artefact: Any) -> Session:
         """Opens an artefact that it accepts, with the package there and the device able to run."""
+
+    def copies_weights(self, precision: str) -> bool:
+        """Whether it holds weights of this precision, where they are mapped from a file, a second time."""
+        return False
 
     def accepts(self, artefact: Any) -> bool:
         """Whether it opens this kind of artefact: a path by its ending; a model in memory where that makes sense."""

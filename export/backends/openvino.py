@@ -48,11 +48,14 @@ class OpenVINO(OnnxBackend):
 
     name = "openvino"
     summary = "ONNX on OpenVINO's CPU device"
-    copies_weights = True
 
     def unavailable(self) -> str | None:
         """Why openvino cannot be imported, or None."""
         return None if is_installed("openvino") else "openvino is not installed; pip install lowprec[openvino]"
+
+    def copies_weights(self, precision: str) -> bool:
+        """It lays all weights out anew."""
+        return True
 
     def _open(self, artefact: str | Path | onnx.ModelProto) -> Session:
         import openvino

@@ -93,6 +93,10 @@ class OnnxRuntime(OnnxBackend):
         """None on a CPU; else whether the NVIDIA driver is missing."""
         return None if self.provider == CPU else missing_driver()
 
+    def copies_weights(self, precision: str) -> bool:
+        """Narrow ones are widened when the graph is optimised; float32 ones stay mapped."""
+        return precision != "fp32"
+
     def _open(self, artefact: str | Path | onnx.ModelProto) -> Session:
         import onnxruntime
 
@@ -102,15 +106,16 @@ class OnnxRuntime(OnnxBackend):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors alone: it warns of every optimised graph that is written
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        if any(uses_external_data(tensor) for tensor in model.graph.initializer):
+        is_large = any(uses_external_data(tensor) for tensor in model.graph.initializer)
+        if is_large:
             # Weights that are mapped stay so: prepacking would copy them all, for speed that a verdict has no use of.
             options.add_session_config_entry("session.disable_prepacking", "1")
         with tempfile.TemporaryDirectory() as folder:
             optimised = Path(folder) / "optimised.onnx"
-            if stored:
+            if stored and not is_large:
                 options.optimized_model_filepath = str(optimised)
             session = self._load(source, options)
-            computed = product_types(onnx.load(optimised, load_external_data=False)) if stored else Counter[str]()
+            computed = product_types(onnx.load(optimised)) if optimised.exists() else None
         check_providers(self.provider, session.get_providers())
         nodes = [
             (subgraph.ep_name, node.name, node.op_type)
