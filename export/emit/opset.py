@@ -53,8 +53,8 @@ def check_opset(model: onnx.ModelProto, opset: int) -> None:
     """Raises `UnsupportedError` if a model is in another operator set than was asked for."""
     if opset_of(model) != opset:
         raise UnsupportedError(
-            f"asked for opset {opset}, and the model can be written in opset {opset_of(model)} only; choose that one "
-            f"or a newer one"
+            f"asked for opset {opset}, and the model could not be converted to it from opset {opset_of(model)}; choose "
+            f"one from there to {onnx.defs.onnx_opset_version()}"
         )
 
 
