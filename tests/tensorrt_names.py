@@ -53,6 +53,16 @@ def names_used(only_rtx: bool, sources: dict[str, str] | None = None) -> set[str
     return found
 
 
+def keywords_used() -> list[str]:
+    """Keywords in calls of the library, as `IBuilderConfig.set_flag(flag=)`."""
+    found = []
+    for path in sorted(ADAPTER.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                found += [f"{name}({word.arg}=)" for name in _dotted(node.func) for word in node.keywords]
+    return found
+
+
 def _names_in(tree: ast.AST) -> set[str]:
     found = set()
     for node in ast.walk(tree):

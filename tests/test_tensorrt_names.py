@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tensorrt_names import ADAPTER, CLASSES, names_used
+from tensorrt_names import ADAPTER, CLASSES, keywords_used, names_used
 
 HERE = Path(__file__).parent
 VERSIONS = {"11.4.0.106": 11, "10.16.1.11": 10}
@@ -66,6 +66,11 @@ def test_names_are_found_in_the_source():
     assert {"ICudaEngine.get_tensor_profile_shape", "IExecutionContext.execute_async_v3"} <= used
     assert names_used(only_rtx=True) >= {"ComputeCapability.__members__", "IBuilderConfig.set_compute_capability"}
     assert set(CLASSES.values()) <= {name.split(".")[0] for name in used}
+
+
+def test_everything_is_passed_by_position():
+    """So no keyword of a version can be wrong."""
+    assert keywords_used() == []
 
 
 def test_nvidias_bindings_have_every_name(bindings, tmp_path):
