@@ -19,7 +19,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from lowprec.artifacts import write_bytes, written_whole
-from lowprec.export.weight_file import ALIGNMENT, LARGE, SMALLEST
+from lowprec.export.weight_file import ALIGNMENT, LARGE, SMALLEST, WeightFile
 
 
 def array_of(tensor: TensorProto) -> NDArray[Any]:
@@ -38,6 +38,14 @@ def refer(tensor: TensorProto, location: str, offset: int, length: int) -> None:
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", offset), ("length", length)):
         tensor.external_data.add(key=key, value=str(value))
+
+
+def move_into(file: WeightFile, tensor: TensorProto) -> None:
+    """Makes a tensor a reference to its bytes in the file, if it is worth a place there."""
+    place = file.find(file.add(np.frombuffer(tensor.raw_data, np.uint8)))
+    if place is not None:
+        refer(tensor, str(file.path), *place)
+        file.release()
 
 
 def check_model(model: onnx.ModelProto, full: bool = True) -> None:
@@ -98,7 +106,7 @@ def write_model(path: Path, model: onnx.ModelProto) -> None:
         OSError: the disk is full.
     """
     data = external_path(path)
-    _move_weights(data, model)
+    move_weights(data, model)
     on_disk = model
     if any(uses_external_data(tensor) for tensor in model.graph.initializer):
         on_disk = onnx.ModelProto()
@@ -110,7 +118,7 @@ def write_model(path: Path, model: onnx.ModelProto) -> None:
     write_bytes(path, on_disk.SerializeToString(deterministic=True))
 
 
-def _move_weights(data: Path, model: onnx.ModelProto) -> None:
+def move_weights(data: Path, model: onnx.ModelProto) -> None:
     """Puts every large weight into the file `data`, if together they are too large for a message."""
     elsewhere = list(_outside(data, model))
     if not any(uses_external_data(tensor) for tensor in elsewhere) and sum(map(_bytes, elsewhere)) < LARGE:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx.external_data_helper import uses_external_data
 
 from lowprec.calibration.record import Calibration
 from lowprec.errors import UnsupportedError
 from lowprec.export.backends.arithmetic import half_types
 from lowprec.export.emit.opset import in_opset
+from lowprec.export.external_data import external_path, move_weights
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.folding.from_onnx.feeds import random_samples
 from lowprec.export.folding.from_onnx.fold import fold_onnx
@@ -20,6 +22,7 @@ from lowprec.export.onnx_files import load_onnx
 from lowprec.export.onnx_ranges import graph_ranges
 from lowprec.export.parity import Limits, Stage
 from lowprec.export.truth import Arrays, collect_batches
+from lowprec.export.weight_file import PARTIAL
 from lowprec.report import ChangeReport
 
 _RANDOM_SAMPLES = 64
@@ -63,13 +66,19 @@ class OnnxNetwork:
 
     def fold(self, data: Feeds | None, folder: Path) -> ChangeReport:
         """Folds the graph, checked on the caller's data or on random inputs."""
-        self._folded, report = fold_onnx(self._model, None if data is None else data.inputs)
+        is_large = any(map(uses_external_data, self._model.graph.initializer))
+        feeds = None if data is None else data.inputs
+        self._folded, report = fold_onnx(self._model, feeds, folder=folder if is_large else None)
         return report
 
     def emit(self, path: Path) -> onnx.ModelProto:
         """The folded graph."""
         assert self._folded is not None
-        return self._folded if self._opset is None else in_opset(self._folded, self._opset)
+        model = self._folded if self._opset is None else in_opset(self._folded, self._opset)
+        move_weights(external_path(path), model)  # out of the model as it came, and of the file of the fold
+        for file in path.parent.glob(PARTIAL):
+            file.unlink()
+        return model
 
     def run(self, feeds: Arrays) -> Arrays:
         """The model as it came, in float64."""

@@ -28,6 +28,10 @@ SMALLEST = 1 << 16
 """Bytes of a weight that is worth a place in a file."""
 
 
+PARTIAL = ".weights.*.partial"
+"""Pattern of the names of files that have no final name yet."""
+
+
 class WeightFile:
     """A file that grows by one weight at a time.
 
@@ -39,7 +43,8 @@ class WeightFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        descriptor, name = tempfile.mkstemp(prefix=".weights.", suffix=".partial", dir=folder)
+        prefix, suffix = PARTIAL.split("*")
+        descriptor, name = tempfile.mkstemp(suffix, prefix, folder)
         os.close(descriptor)
         self.path = Path(name)
         self._end = 0

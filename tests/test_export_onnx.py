@@ -251,7 +251,9 @@ def test_a_wrong_fold_is_found(monkeypatch):
 
     plain = write._Writer._weight_and_bias
     monkeypatch.setattr(
-        write._Writer, "_weight_and_bias", lambda self, old, weight, *rest: plain(self, old, weight * 1.01, *rest)
+        write._Writer,
+        "_weight_and_bias",
+        lambda self, old, weight, *rest: plain(self, old, np.asarray(weight) * 1.01, *rest),
     )
     with pytest.raises(FoldError, match=r"internal: the folded network differs from the original by 0\.0"):
         fold_onnx(image_model())

@@ -11,7 +11,7 @@ from lowprec.export.folding import RULES, fold_onnx
 from lowprec.export.folding.from_onnx.moves import MOVES
 from lowprec.export.folding.from_onnx.operators import OPERATIONS
 from lowprec.export.folding.from_onnx.read import read_onnx
-from lowprec.export.folding.from_onnx.write import write_onnx
+from lowprec.export.folding.from_onnx.write import exact_graph
 
 # Graphs of at most 200 products per output element and 5 layers: n * u * condition, with a wide margin for the
 # condition of random weights, and still seven orders below any mistake in a fold.
@@ -35,18 +35,19 @@ def feeds_for(model, batch=5, seed=7):
 def worst(model, folded, feeds=None):
     """Largest difference of the outputs in float64 relative to their rms."""
     feeds = feeds_for(model) if feeds is None else feeds
-    expected, found = Float64Graph(model).run(feeds), Float64Graph(folded).run(feeds)
+    candidate = folded if isinstance(folded, Float64Graph) else Float64Graph(folded)
+    expected, found = Float64Graph(model).run(feeds), candidate.run(feeds)
     assert list(expected) == list(found)
     return max(np.abs(found[n] - e).max() / np.sqrt(np.mean(e**2)) for n, e in expected.items())
 
 
 def exact(model):
-    """The model folded with nothing rounded, and the names of the norms that are left."""
+    """The model folded with nothing rounded, as it evaluates, and the names of the norms that are left."""
     view = read_onnx(model)
     for rule in RULES.values():
         rule.run(view.graph)
     left = [node.label for node in view.graph.nodes if node.norm is not None]
-    return write_onnx(view, wide=True), left
+    return exact_graph(view), left
 
 
 def kinds(model):

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from lowprec.export.emit.node_types import ELEMENT_TYPES, Typing, is_idle_cast
 from lowprec.export.emit.rounding import round_tensor
-from lowprec.export.external_data import refer, weights_as_inputs, without_weights
+from lowprec.export.external_data import move_into, weights_as_inputs, without_weights
 from lowprec.export.onnx_files import module_path
 from lowprec.export.weight_file import WeightFile
 from lowprec.formats import FP32, FloatFormat
@@ -143,7 +142,7 @@ class Rewriter:
             return made
         rounded, loss = round_tensor(tensor, self._fmt, made)
         if self._file is not None:
-            _move_into(self._file, rounded)
+            move_into(self._file, rounded)
         self._initializers[made] = rounded
         self._losses["subnormal"] += loss.subnormal
         self._losses["vanished"] += loss.vanished
@@ -192,14 +191,6 @@ class Rewriter:
             made += "_"
         self._taken.add(made)
         return made
-
-
-def _move_into(file: WeightFile, tensor: onnx.TensorProto) -> None:
-    """Makes a tensor a reference to its bytes in the file, if it is worth a place there."""
-    place = file.find(file.add(np.frombuffer(tensor.raw_data, np.uint8)))
-    if place is not None:
-        refer(tensor, str(file.path), *place)
-        file.release()
 
 
 def _place(node: onnx.NodeProto) -> str:

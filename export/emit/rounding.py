@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
 from lowprec.errors import UnsupportedError
 from lowprec.export.external_data import array_of
+from lowprec.export.folding.algebra import Stored, blocks_of
 from lowprec.formats import BF16, FP16, FP32, FP64, FloatFormat, RoundingLoss, round_to, rounding_loss
 
-_BLOCK = 1 << 22  # elements rounded at a time
+_BYTES = {"fp64": "<f8", "fp32": "<f4", "fp16": "<f2"}
 
 FORMAT_OF: dict[int, FloatFormat] = {
     TensorProto.DOUBLE: FP64,
@@ -25,25 +25,25 @@ FORMAT_OF: dict[int, FloatFormat] = {
 """The format of each floating element type that is not narrower than a half."""
 
 
-def stored_tensor(values: NDArray[np.float64], element_type: int, name: str) -> onnx.TensorProto:
-    """Float64 values rounded once, to nearest in an element type.
+def stored_tensor(values: Stored, element_type: int, name: str) -> onnx.TensorProto:
+    """Values rounded once, to nearest in an element type, a piece at a time.
 
     Args:
-        values: float64.
+        values: of any floating type, or not yet multiplied out.
         element_type: one of `FORMAT_OF`.
         name: of the result.
 
     Raises:
         UnsupportedError: a finite value overflows.
     """
-    fmt = FORMAT_OF[element_type]
-    rounded = round_to(values, fmt)
-    overflow = np.isinf(rounded) & np.isfinite(values)
-    if overflow.any():
-        raise _overflow(name, values, int(overflow.sum()), fmt)
-    if fmt is BF16:
-        return onnx.helper.make_tensor(name, element_type, values.shape, _bfloat16_bytes(rounded), raw=True)
-    return numpy_helper.from_array(rounded.astype(onnx.helper.tensor_dtype_to_np_dtype(element_type)), name)
+    fmt, data, overflow = FORMAT_OF[element_type], bytearray(), 0
+    for block in blocks_of(values):
+        rounded = round_to(block, fmt)
+        overflow += int(np.sum(np.isinf(rounded) & np.isfinite(block)))
+        data += _bfloat16_bytes(rounded) if fmt is BF16 else rounded.astype(_BYTES[fmt.name]).tobytes()
+    if overflow:
+        raise _overflow(name, np.asarray(values), overflow, fmt)
+    return TensorProto(name=name, data_type=element_type, dims=values.shape, raw_data=bytes(data))
 
 
 def round_tensor(tensor: onnx.TensorProto, fmt: FloatFormat, name: str) -> tuple[onnx.TensorProto, RoundingLoss]:
@@ -60,27 +60,16 @@ def round_tensor(tensor: onnx.TensorProto, fmt: FloatFormat, name: str) -> tuple
         UnsupportedError: a finite value overflows.
     """
     values = array_of(tensor)
-    loss, data = RoundingLoss(0, 0, 0), bytearray()
-    for block in _blocks(values):
-        loss += rounding_loss(block, fmt)
-        rounded = round_to(block, fmt)
-        data += rounded.astype("<f2").tobytes() if fmt is FP16 else _bfloat16_bytes(rounded)
+    loss = tensor_loss(tensor, fmt)
     if loss.overflow:
         raise _overflow(tensor.name, values, loss.overflow, fmt)
     kind = TensorProto.FLOAT16 if fmt is FP16 else TensorProto.BFLOAT16
-    return TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=bytes(data)), loss
+    return stored_tensor(values, kind, name), loss
 
 
 def tensor_loss(tensor: onnx.TensorProto, fmt: FloatFormat) -> RoundingLoss:
     """What rounding a float32 tensor to `fmt` would lose."""
-    return sum((rounding_loss(block, fmt) for block in _blocks(array_of(tensor))), RoundingLoss(0, 0, 0))
-
-
-def _blocks(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """A tensor in pieces, since rounding goes through several float64 copies."""
-    flat = values.reshape(-1)
-    for start in range(0, flat.size, _BLOCK):
-        yield flat[start : start + _BLOCK]
+    return sum((rounding_loss(block, fmt) for block in blocks_of(array_of(tensor))), RoundingLoss(0, 0, 0))
 
 
 def _overflow(name: str, values: NDArray[Any], count: int, fmt: FloatFormat) -> UnsupportedError:

@@ -32,12 +32,14 @@ class Float64Graph:
 
     Args:
         model: the model, weights included; it is not changed.
+        held: values of weights that the model names and does not hold, made float64 where they are read.
 
     Raises:
         UnsupportedError: the graph draws random numbers, or holds an operator that onnx's reference lacks.
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, held: Mapping[str, Any] | None = None) -> None:
+        self._held = held or {}
         weights_in_inputs = {tensor.name for tensor in model.graph.initializer}
         graph_inputs = [value for value in model.graph.input if value.name not in weights_in_inputs]
         self.inputs = specs_of(graph_inputs)
@@ -89,7 +91,8 @@ class Float64Graph:
         def load(names: Iterable[str]) -> None:
             for name in names:
                 if name not in values and name in self._weights:
-                    array = widened(array_of(self._weights[name]))
+                    found = self._held.get(name)
+                    array = widened(array_of(self._weights[name])) if found is None else np.asarray(found, np.float64)
                     values[name] = visit(name, "weight", array, 0) if visit and name not in self._sizes else array
                     if watch:
                         watch(name, values[name])

@@ -14,6 +14,7 @@ passes any padding of zeros, a shift only a window that reads none.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,12 +65,18 @@ class Scaled:
 
     def rounded(self, dtype: DTypeLike) -> NDArray[Any]:
         """The weight rounded once, with no float64 copy of all of it."""
-        result = np.empty(self.shape, dtype)
-        step = max(1, _BLOCK // max(1, math.prod(self.shape[1:])))
+        result, start = np.empty(self.shape, dtype), 0
         with np.errstate(over="ignore"):
-            for start in range(0, len(result), step):
-                result[start : start + step] = self._rows(slice(start, start + step))
+            for block in self.blocks():
+                result[start : start + len(block)] = block
+                start += len(block)
         return result
+
+    def blocks(self) -> Iterator[Array]:
+        """The weight in float64, some rows at a time."""
+        step = max(1, _BLOCK // max(1, math.prod(self.shape[1:])))
+        for start in range(0, self.shape[0], step):
+            yield self._rows(slice(start, start + step))
 
     def largest(self) -> Array:
         """Largest absolute weight of every window, of the first two axes' lengths."""
@@ -88,6 +95,23 @@ class Scaled:
 
 Stored = NDArray[Any] | Scaled
 """A weight as it is held: in any floating type, or not yet multiplied out. `numpy.asarray` reads both."""
+
+
+def blocks_of(weight: Stored) -> Iterator[Array]:
+    """A weight in float64, a piece at a time, in the order of its elements."""
+    if isinstance(weight, Scaled):
+        yield from weight.blocks()
+        return
+    flat = weight.reshape(-1)
+    for start in range(0, flat.size, _BLOCK):
+        yield np.asarray(flat[start : start + _BLOCK], np.float64)
+
+
+def transposed(weight: Stored) -> Stored:
+    """A weight of two axes with these exchanged."""
+    if isinstance(weight, Scaled):
+        return Scaled(weight.stored.T, tuple(factor.T for factor in weight.factors))
+    return weight.T
 
 
 def scaled(weight: Stored, factor: Array) -> Scaled:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from lowprec.export.emit.rounding import FORMAT_OF, stored_tensor
+from lowprec.export.folding.algebra import Stored
 from lowprec.export.folding.from_onnx.edits import live_nodes, names_read, names_within, rename_reads, rename_results
 from lowprec.export.folding.from_onnx.program import OnnxProgram
 from lowprec.export.onnx_files import module_path
@@ -33,13 +33,20 @@ class Fresh:
 
     Args:
         wish: the name that it gets where that is free.
-        values: float64.
+        values: of any floating type, or not yet multiplied out.
         element_type: what it is rounded to.
     """
 
     wish: str
-    values: NDArray[np.float64]
+    values: Stored
     element_type: int
+
+
+class Store(Protocol):
+    """Takes a new constant and gives the tensor that stands for it in the model."""
+
+    def __call__(self, values: Stored, element_type: int, name: str) -> TensorProto:
+        """The tensor."""
 
 
 def assemble(
@@ -48,7 +55,7 @@ def assemble(
     stands_for: Mapping[str, str],
     fresh: Mapping[str, Fresh],
     edited: Collection[str],
-    wide: bool,
+    store: Store = stored_tensor,
 ) -> onnx.ModelProto:
     """The model with these nodes; equal arguments give equal bytes.
 
@@ -58,7 +65,7 @@ def assemble(
         stands_for: for each value that is gone, the value that is to be read instead.
         fresh: new constants by the placeholders under which nodes read them.
         edited: values whose making was edited.
-        wide: store what is computed once as float64.
+        store: makes the tensors of new constants.
 
     Raises:
         UnsupportedError: a constant overflows in its type.
@@ -77,8 +84,8 @@ def assemble(
     final = _settled(fresh, read, taken)
     for node in nodes:
         rename_reads(node, final)
-    tensors += [stored_tensor(fresh[key].values, fresh[key].element_type, name) for key, name in final.items()]
-    tensors += [_computed_once(program, name, wide) for name in program.computed if name in read & baked]
+    tensors += [store(fresh[key].values, fresh[key].element_type, name) for key, name in final.items()]
+    tensors += [_computed_once(program, name, store) for name in program.computed if name in read & baked]
     kept = set(results) - set(edited)
     infos = [info for info in graph.value_info if info.name in kept]
     notes = [note for note in graph.quantization_annotation if note.tensor_name in kept]
@@ -134,10 +141,10 @@ def _settled(fresh: Mapping[str, Fresh], read: Collection[str], taken: set[str])
     return final
 
 
-def _computed_once(program: OnnxProgram, name: str, wide: bool) -> onnx.TensorProto:
+def _computed_once(program: OnnxProgram, name: str, store: Store) -> onnx.TensorProto:
     value, element_type = program.computed[name], program.types[name]
     if element_type in FORMAT_OF:
-        return stored_tensor(value, TensorProto.DOUBLE if wide else element_type, name)
+        return store(value, element_type, name)
     return numpy_helper.from_array(value, name)
 
 

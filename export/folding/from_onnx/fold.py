@@ -7,6 +7,7 @@ is measured in onnxruntime where that is installed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,15 +28,19 @@ from lowprec.export.folding.from_onnx.assembly import baked_operations
 from lowprec.export.folding.from_onnx.feeds import Feeds, batches_to_measure
 from lowprec.export.folding.from_onnx.program import OnnxProgram, read_program
 from lowprec.export.folding.from_onnx.read import OnnxGraph, view_of
-from lowprec.export.folding.from_onnx.write import write_onnx
+from lowprec.export.folding.from_onnx.write import exact_graph, write_onnx
 from lowprec.export.folding.gauges.balance import leaves_range
 from lowprec.export.folding.rules.rule import Rule
+from lowprec.export.weight_file import WeightFile
 from lowprec.formats import FP16
 from lowprec.report import ChangeReport
 
 
 def fold_onnx(
-    model: onnx.ModelProto, feeds: Feeds | None = None, rules: Iterable[Rule] = tuple(RULES.values())
+    model: onnx.ModelProto,
+    feeds: Feeds | None = None,
+    rules: Iterable[Rule] = tuple(RULES.values()),
+    folder: Path | None = None,
 ) -> tuple[onnx.ModelProto, ChangeReport]:
     """Folds norms and other per-channel affines into the weights around them.
 
@@ -43,6 +48,7 @@ def fold_onnx(
         model: sorted, weights included, in ONNX's operators of opset 7 or newer; it stays as it is.
         feeds: inputs by name for the check, samples along axis 0; random ones when None.
         rules: in order of application.
+        folder: where the folded weights of a model that refers to large ones are kept (see `external_data`).
 
     Returns:
         The folded model in the same types, and the report with the facts that `fold_traced` gives;
@@ -66,13 +72,20 @@ def fold_onnx(
         view = view_of(program)
         facts = fold_graph(view.graph, chosen, {})
         if leaves_range(view.graph, FP16):
-            stored = Float64Graph(write_onnx(view, wide=True))
+            stored = exact_graph(view)
             balance_graph(view.graph, lambda see: _show(stored, batches, view, see), FP16, facts)
-        folded = write_onnx(view)
-        wide, narrow = Float64Graph(write_onnx(view, wide=True)), _rounded(folded, names, inputs[0])
-        return Attempt.judged(folded, facts, truth.measure(_exact(wide), narrow), _weights(folded))
+        file = None if folder is None else WeightFile(folder)
+        folded = write_onnx(view, file)
+        files.append((folded, file))
+        measured = truth.measure(_exact(exact_graph(view)), _rounded(folded, names, inputs[0]))
+        view.graph.forget()
+        return Attempt.judged(folded, facts, measured, _weights(folded))
 
+    files: list[tuple[onnx.ModelProto, WeightFile | None]] = []
     best = best_attempt(rules, attempt, lambda: _sizes(program, batches))
+    for folded, file in files:
+        if file is not None and folded is not best.folded:
+            file.discard()
     refuse_wrong(best.measured)
     report.changed += best.report.changed
     report.refused += best.report.refused

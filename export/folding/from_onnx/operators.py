@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto
 
 from lowprec.affine import ChannelAffine
 from lowprec.export.float64.operators import resolve_pads
-from lowprec.export.folding.algebra import Array, Window
+from lowprec.export.folding.algebra import Array, Stored, Window, scaled
 from lowprec.export.folding.from_onnx.moves import handed_over
 from lowprec.export.folding.from_onnx.program import OnnxProgram
 from lowprec.export.folding.graph import (
@@ -65,6 +66,10 @@ class Call:
         """A floating constant input."""
         return self.program.float_constant(self.name(position))
 
+    def stored(self, position: int) -> NDArray[Any] | None:
+        """A floating constant input as it is held."""
+        return self.program.stored(self.name(position))
+
     def computes(self, position: int) -> bool:
         """Whether an input is there and no constant."""
         return bool(self.name(position)) and not self.program.is_constant(self.name(position))
@@ -91,7 +96,7 @@ Reader = Callable[[Call], Op]
 
 
 def _read_conv(call: Call) -> Op:
-    weight, bias = call.constant(1), call.constant(2)
+    weight, bias = call.stored(1), call.constant(2)
     if weight is None or call.computes(2):
         return Opaque()
     return Linear("conv", weight, bias, call.given.get("group", 1), 1, _conv_window(call, weight.shape[2:]))
@@ -114,7 +119,7 @@ def _steps(call: Call, axes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _read_conv_transpose(call: Call) -> Op:
-    weight, bias = call.constant(1), call.constant(2)
+    weight, bias = call.stored(1), call.constant(2)
     if weight is None or call.computes(2):
         return Opaque()
     axes = weight.ndim - 2
@@ -128,14 +133,16 @@ def _read_conv_transpose(call: Call) -> Op:
 
 def _read_gemm(call: Call) -> Op:
     """alpha A B + beta C; a bias that differs from row to row is no bias."""
-    weight, bias = call.constant(1), call.constant(2)
-    if weight is None or call.given.get("transA", 0) or call.computes(2):
+    held, bias = call.stored(1), call.constant(2)
+    if held is None or call.given.get("transA", 0) or call.computes(2):
         return Opaque()
-    weight_OC = (weight if call.given.get("transB", 0) else weight.T) * call.given.get("alpha", 1.0)
+    weight_OC: Stored = held if call.given.get("transB", 0) else held.T
+    if call.given.get("alpha", 1.0) != 1.0:
+        weight_OC = scaled(weight_OC, np.full((1, 1), call.given["alpha"]))
     if bias is not None:
         if bias.size not in (1, bias.shape[-1] if bias.ndim else 1):
             return Opaque()
-        bias = np.broadcast_to(bias.reshape(-1), len(weight_OC)) * call.given.get("beta", 1.0)
+        bias = np.broadcast_to(bias.reshape(-1), weight_OC.shape[0]) * call.given.get("beta", 1.0)
     return Linear("linear", weight_OC, bias, 1, 1)
 
 
@@ -144,7 +151,7 @@ def _read_matmul(call: Call) -> Op:
     if call.computes(0) and call.computes(1):
         ranks = [call.program.rank(name) for name in call.node.input]
         return MatrixProduct(means=_is_softmax(call, call.name(0))) if min(ranks) > 1 else Opaque()
-    weight = call.constant(1)
+    weight = call.stored(1)
     if weight is None or weight.ndim != 2 or call.rank < 2:
         return Opaque()
     return Linear("linear", weight.T, None, 1, call.rank - 1)
@@ -175,7 +182,7 @@ def read_biased_product(program: OnnxProgram, product: onnx.NodeProto, adds: onn
 
 def _read_gather(call: Call) -> Op:
     """Rows of a constant table are an embedding; entries of a computed tensor are a movement."""
-    table = call.constant(0)
+    table = call.stored(0)
     if table is None or table.ndim != 2 or call.given.get("axis", 0) != 0:
         return Opaque()
     return Linear("embedding", table, None, 1, call.program.rank(call.node.output[0]) - 1)

@@ -33,6 +33,7 @@ Shape = tuple[int | None, ...]
 SHAPE_READERS = ("Shape", "Size")
 # What they make of constants must not replace these: a file that stores int8 weights stores them on purpose.
 _QUANTISERS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+_NUMPYS_OWN = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 # Broadcasting was an attribute before.
 _OLDEST_OPSET = 7
 
@@ -79,6 +80,13 @@ class OnnxProgram:
             return widened(array_of(self.initializers[name]))
         value = self.computed.get(name)
         return value if isinstance(value, np.ndarray) else None
+
+    def stored(self, name: str) -> NDArray[Any] | None:
+        """A floating constant as it is held, in numpy's own types; what nodes compute is float64. None for others."""
+        tensor = self.initializers.get(name)
+        if tensor is None or tensor.data_type not in _NUMPYS_OWN:
+            return self.float_constant(name)
+        return array_of(tensor)
 
     def float_constant(self, name: str) -> Array | None:
         """A floating constant's value in float64; None for anything else."""

@@ -11,11 +11,15 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from lowprec.export.folding.algebra import Array
-from lowprec.export.folding.from_onnx.assembly import Fresh, assemble
+from lowprec.export.emit.rounding import stored_tensor
+from lowprec.export.external_data import move_into
+from lowprec.export.float64 import Float64Graph
+from lowprec.export.folding.algebra import Array, Stored, transposed
+from lowprec.export.folding.from_onnx.assembly import Fresh, Store, assemble
 from lowprec.export.folding.from_onnx.operators import RUNNING_NORMS
 from lowprec.export.folding.from_onnx.read import OnnxGraph
 from lowprec.export.folding.graph import Affine, Linear, Node
+from lowprec.export.weight_file import WeightFile
 
 # Gemm needs a bias before this opset.
 _GEMM_WITHOUT_BIAS = 11
@@ -23,25 +27,42 @@ _GEMM_WITHOUT_BIAS = 11
 _DEPTHWISE_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 
-def write_onnx(view: OnnxGraph, wide: bool = False) -> onnx.ModelProto:
+def write_onnx(view: OnnxGraph, file: WeightFile | None = None) -> onnx.ModelProto:
     """The model with every edit of the graph in it; equal graphs give equal bytes.
 
     Args:
         view: a graph that rules have edited; it stays as it is.
-        wide: store new constants as float64 rather than in the old ones' type, for a check in float64. Such a model is
-            not well typed, and is there for `Float64Graph`, which widens all of it.
+        file: where large new constants go, which the model then refers to.
 
     Raises:
         UnsupportedError: a folded constant overflows in its type.
     """
-    return _Writer(view, wide).run()
+
+    def store(values: Stored, element_type: int, name: str) -> TensorProto:
+        tensor = stored_tensor(values, element_type, name)
+        if file is not None:
+            move_into(file, tensor)
+        return tensor
+
+    return _Writer(view).run(store)
+
+
+def exact_graph(view: OnnxGraph) -> Float64Graph:
+    """The edited graph with nothing rounded, for a check; new constants are multiplied out where they are read."""
+    held: dict[str, Stored] = {}
+
+    def store(values: Stored, element_type: int, name: str) -> TensorProto:
+        held[name] = values
+        return TensorProto(name=name, data_type=TensorProto.DOUBLE, dims=values.shape)
+
+    return Float64Graph(_Writer(view).run(store), held)
 
 
 class _Writer:
     """One writing of one graph."""
 
-    def __init__(self, view: OnnxGraph, wide: bool) -> None:
-        self._view, self._wide, self._program = view, wide, view.program
+    def __init__(self, view: OnnxGraph) -> None:
+        self._view, self._program = view, view.program
         # What stands at the place of each of the model's nodes.
         self._nodes = [[_copy(node)] for node in view.program.model.graph.node]
         self._names = {name for node in view.program.model.graph.node for name in (*node.input, *node.output)}
@@ -49,8 +70,8 @@ class _Writer:
         self._fresh: dict[str, Fresh] = {}
         self._stands_for: dict[str, str] = {}
 
-    def run(self) -> onnx.ModelProto:
-        """The written model."""
+    def run(self, store: Store) -> onnx.ModelProto:
+        """The written model; `store` makes the tensors of new constants."""
         view = self._view
         for node in view.graph.nodes:
             changed = node in view.graph.changed
@@ -62,7 +83,7 @@ class _Writer:
             self._stands_for[view.values[node]] = view.values[source]
             self._replace(node, [])
         nodes = [node for nodes in self._nodes for node in nodes]
-        return assemble(self._program, nodes, self._stands_for, self._fresh, self._edited, self._wide)
+        return assemble(self._program, nodes, self._stands_for, self._fresh, self._edited, store)
 
     def _replace(self, node: Node, fresh: list[onnx.NodeProto]) -> None:
         """Puts nodes where the last node of the model is that a node stands for, and nothing in place of the others."""
@@ -80,13 +101,13 @@ class _Writer:
         if old.op_type == "MatMul":
             return self._product(node, op)
         if old.op_type == "Gather":
-            table = self._constant(old.input[0], op.weight, old.input[0])
+            table = self._constant(old.input[0], op.stored, old.input[0])
             return [_like(old, "Gather", [table, old.input[1]], old.output, old.attribute)]
-        weight, bias = op.weight, op.bias
+        weight, bias = op.stored, op.bias
         # The factors of a Gemm are in the weight and the bias by now.
         attributes = [attribute for attribute in old.attribute if attribute.name not in ("alpha", "beta")]
         if old.op_type == "Gemm":
-            weight = weight if any(a.name == "transB" and a.i for a in attributes) else weight.T
+            weight = weight if any(a.name == "transB" and a.i for a in attributes) else transposed(weight)
             if bias is None and self._program.opset < _GEMM_WITHOUT_BIAS:
                 bias = np.zeros(op.channels)
         constants = self._weight_and_bias(old, weight, bias, old.input[2] if len(old.input) > 2 else "")
@@ -97,7 +118,7 @@ class _Writer:
         old, *adds = self._protos(node)
         output = self._view.values[node]
         bias_name = next((name for add in adds for name in add.input if name != old.output[0]), "")
-        weight, *bias = self._weight_and_bias(old, op.weight.T, op.bias, bias_name)
+        weight, *bias = self._weight_and_bias(old, transposed(op.stored), op.bias, bias_name)
         if not bias:
             return [_like(old, "MatMul", [old.input[0], weight], [output])]
         if not adds and op.axis == 1:
@@ -108,7 +129,7 @@ class _Writer:
             _like(adds[0] if adds else old, "Add", [product, *bias], [output], suffix="" if adds else "_bias"),
         ]
 
-    def _weight_and_bias(self, old: onnx.NodeProto, weight: Array, bias: Array | None, bias_name: str) -> list[str]:
+    def _weight_and_bias(self, old: onnx.NodeProto, weight: Stored, bias: Array | None, bias_name: str) -> list[str]:
         name = old.input[1]
         stem = name.removesuffix("weight") if name.endswith("weight") else f"{name}."
         named = [self._constant(name, weight, name)]
@@ -143,11 +164,10 @@ class _Writer:
             nodes.append(_like(old, "Add", [scaled if scales else source, *shift], [output]))
         return nodes
 
-    def _constant(self, wish: str, values: Array, like: str) -> str:
+    def _constant(self, wish: str, values: Stored, like: str) -> str:
         """The placeholder of a new constant of the same type as another value."""
         key = f"\0{len(self._fresh)}"
-        element_type = TensorProto.DOUBLE if self._wide else self._program.types[like]
-        self._fresh[key] = Fresh(wish, np.asarray(values, np.float64), element_type)
+        self._fresh[key] = Fresh(wish, values, self._program.types[like])
         return key
 
     def _value(self, wish: str) -> str:
