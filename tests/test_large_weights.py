@@ -5,6 +5,7 @@ large_model.py` does it with a large one.
 """
 
 import json
+import warnings
 
 import numpy as np
 import onnx
@@ -115,6 +116,28 @@ def test_a_large_onnx_file_is_referred_to_and_exported(network, tmp_path, lowere
     found = session.run(None, {session.get_inputs()[0].name: X.numpy()})
     # The same float32 operations on the same weights.
     assert np.array_equal(found[0], expected[0])
+
+
+def test_norms_of_a_large_onnx_file_fold_into_a_file(network, tmp_path, lowered):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        free = ({0: torch.export.Dim("batch")},)
+        bare = torch.onnx.export(network, (X,), dynamo=True, dynamic_shapes=free, optimize=False, verbose=False)
+    weights = {"save_as_external_data": True, "location": "bare.data", "size_threshold": 100}
+    onnx.save(bare.model_proto, tmp_path / "bare.onnx", **weights)
+    assert any(node.op_type == "BatchNormalization" for node in onnx.load(tmp_path / "bare.onnx").graph.node)
+
+    bundle = export(tmp_path / "bare.onnx", None, tmp_path / "bundle", precision=("fp32", "fp16"))
+
+    assert bundle.parity.passed
+    assert bundle.fold_report.facts["norms_left"] == 0
+    assert {"model.onnx.data", "model.fp16.onnx.data"} <= set(bundle.files)
+    assert not [path.name for path in tmp_path.glob("**/.*")]
+    session = onnxruntime.InferenceSession(tmp_path / "bundle" / "model.onnx")
+    found = session.run(None, {session.get_inputs()[0].name: X.numpy()})[0]
+    with torch.no_grad():
+        expected = network(X).numpy()
+    assert np.abs(found - expected).max() <= 288 * 10 * 2.0**-24 * np.abs(expected).max()  # sums of 288 products
 
 
 def test_writing_moves_the_weights_and_the_model_still_has_them(network, tmp_path, lowered):
