@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lowprec.calibration.record import Calibration, range_summary
 from lowprec.export.float64 import Float64Graph, Kind
+from lowprec.export.folding.algebra import blocks_of
 from lowprec.export.folding.from_onnx.edits import names_read
 from lowprec.export.tensors import fixed_batch
 from lowprec.export.truth import Arrays
@@ -35,6 +36,10 @@ class _Range:
     squares: float = 0.0
 
     def add(self, value: NDArray[np.float64]) -> None:
+        for block in blocks_of(value):
+            self._add(block)
+
+    def _add(self, value: NDArray[np.float64]) -> None:
         finite = value[np.isfinite(value)]
         if not finite.size:
             return

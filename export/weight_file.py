@@ -32,6 +32,13 @@ PARTIAL = ".weights.*.partial"
 """Pattern of the names of files that have no final name yet."""
 
 
+def let_go(array: NDArray[Any]) -> None:
+    """Takes the pages of an array that is mapped read-only out of this process's memory; they are read again on use."""
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None:
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 class WeightFile:
     """A file that grows by one weight at a time.
 

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from lowprec.affine import ChannelAffine
+from lowprec.export.weight_file import let_go
 
 Array = NDArray[np.float64]
 LinearKind = Literal["conv", "conv_transpose", "linear", "embedding"]
@@ -61,7 +62,9 @@ class Scaled:
         return Scaled(self.stored, (*self.factors, factor))
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
-        return self._rows(slice(None)).astype(dtype or np.float64, copy=False)
+        values = self._rows(slice(None)).astype(dtype or np.float64, copy=False)
+        let_go(self.stored)
+        return values
 
     def rounded(self, dtype: DTypeLike) -> NDArray[Any]:
         """The weight rounded once, with no float64 copy of all of it."""
@@ -77,12 +80,14 @@ class Scaled:
         step = max(1, _BLOCK // max(1, math.prod(self.shape[1:])))
         for start in range(0, self.shape[0], step):
             yield self._rows(slice(start, start + step))
+        let_go(self.stored)
 
     def largest(self) -> Array:
         """Largest absolute weight of every window, of the first two axes' lengths."""
         found: Array = np.abs(self.stored).reshape(*self.shape[:2], -1).max(2).astype(np.float64)
         for factor in self.factors:
             found *= np.abs(factor)
+        let_go(self.stored)
         return found
 
     def _rows(self, rows: slice) -> Array:
