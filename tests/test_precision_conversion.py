@@ -1,5 +1,6 @@
 """Ten architectures in half and mixed precision: valid, parsed by TensorRT-RTX, and with no cast too many."""
 
+import random
 import warnings
 
 import numpy as np
@@ -7,12 +8,12 @@ import onnx
 import pytest
 import torch
 from architectures import ARCHITECTURES, example, randomise
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from onnxconverter_common import float16
 from test_emit import parse_strongly_typed, run, small
 from torch import nn
 
-from lowprec.errors import ConfigError
+from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.export.emit import emit_onnx
 from lowprec.export.emit.keep import DEFAULT_KEEP, keep_list
 from lowprec.export.emit.narrowing import Narrowing
@@ -64,15 +65,33 @@ def narrowed(model, precision, **options):
     return Narrowing(**options).in_precision(precision, model, None, {}, None)[0]
 
 
-@pytest.mark.parametrize("precision", ["fp16", "mixed"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "mixed"])
 def test_narrow_models_are_valid_and_hold_no_casts_that_cancel(model, precision):
     narrow = narrowed(model, precision)
     onnx.checker.check_model(narrow, full_check=True)
     assert parse_strongly_typed(narrow) == []
     assert cancelling(narrow) == []
     types = {tensor.data_type for tensor in narrow.graph.initializer}
-    assert TensorProto.FLOAT16 in types
+    assert (TensorProto.BFLOAT16 if precision == "bf16" else TensorProto.FLOAT16) in types
     assert precision == "mixed" or TensorProto.FLOAT not in types
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_keep_list_rounds_in_passing(model, seed):
+    """A value may be widened for a join and narrowed behind it, which loses nothing; the other way round it may not."""
+    draw = random.Random(seed)
+    if seed % 2:
+        words = {f"op:{node.op_type}" for node in model.graph.node}
+    else:
+        words = {f"node:{node.name}" for node in model.graph.node}
+    kept = keep_list(draw.sample(sorted(words), len(words) // 3))
+    precision = draw.choice(["fp16", "bf16"])
+    narrow = narrowed(model, precision, keep=kept, narrow_io=seed > 1)
+    onnx.checker.check_model(narrow, full_check=True)
+    assert parse_strongly_typed(narrow) == []
+    to_half = {node.name for node in casts(narrow) if target(node) != TensorProto.FLOAT}
+    assert [pair for pair in cancelling(narrow) if pair[0] in to_half] == []
+    assert len({(node.input[0], target(node)) for node in casts(narrow)}) == len(casts(narrow))
 
 
 def test_half_models_hold_as_many_casts_as_onnxconverter_makes_or_fewer(model):
@@ -91,6 +110,35 @@ PASSING = {
     "a wide value to a narrow node": ([WIDE, ("Flatten", ["s"], ["m"]), ("Sigmoid", ["m"], ["y"])], 2),
     "two types to a narrow node": ([NARROW, WIDE, ("Concat", ["s", "h"], ["m"], JOIN), ("Sigmoid", ["m"], ["y"])], 3),
     "two types to a wide node": ([NARROW, WIDE, ("Concat", ["s", "h"], ["m"], JOIN), ("Softmax", ["m"], ["y"])], 2),
+    "two types to both": (
+        [
+            NARROW,
+            WIDE,
+            ("Concat", ["s", "h"], ["m"], JOIN),
+            ("Softmax", ["m"], ["a"]),
+            ("Sigmoid", ["m"], ["b"]),
+            ("Concat", ["a", "b"], ["y"], JOIN),
+        ],
+        4,
+    ),
+    "an input to both": (
+        [
+            ("Flatten", ["x"], ["m"]),
+            ("Softmax", ["m"], ["a"]),
+            ("Sigmoid", ["m"], ["b"]),
+            ("Concat", ["a", "b"], ["y"], JOIN),
+        ],
+        2,
+    ),
+    "values to a wide node and their places": (
+        [
+            ("TopK", ["x", "k"], ["v", "i"]),
+            ("Softmax", ["v"], ["s"]),
+            ("Cast", ["i"], ["f"], CAST),
+            ("Add", ["s", "f"], ["y"]),
+        ],
+        2,
+    ),
     "a decision about two types": ([NARROW, WIDE, ("Less", ["s", "h"], ["m"]), ("Cast", ["m"], ["y"], CAST)], 2),
 }
 
@@ -99,10 +147,12 @@ PASSING = {
 def test_what_is_only_moved_is_not_rounded_in_passing(name):
     nodes, count = PASSING[name]
     model = small(nodes)
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2]), "k"))
     model.graph.output[0].type.tensor_type.ClearField("shape")
     mixed = narrowed(model, "mixed")
     onnx.checker.check_model(mixed, full_check=True)
-    assert cancelling(mixed) == []
+    to_half = {node.name for node in casts(mixed) if target(node) == TensorProto.FLOAT16}
+    assert [pair for pair in cancelling(mixed) if pair[0] in to_half] == []
     assert len(casts(mixed)) - sum(node[0] == "Cast" for node in nodes) == count
 
 
@@ -135,6 +185,31 @@ def test_mixed_keeps_what_overflows_and_says_so():
     assert {tensor.name: tensor.data_type for tensor in mixed.graph.initializer} == {"k": TensorProto.FLOAT}
     x = np.array([[1.0, 0.5, 1e-5, 1e-5]], np.float32)
     assert abs(run(mixed, x=x)[0] - run(model, x=x)[0]).max() <= 2 * 2.0**-11  # one rounding of h and y each
+
+
+def test_what_reads_an_overflowing_constant_through_a_movement_is_kept_too():
+    moved = ("Reshape", ["k", "shape"], ["m"])
+    for nodes in ([moved, ("Mul", ["x", "m"], ["h"])], [moved, ("Concat", ["m", "m"], ["c"], {"axis": 0}),
+                  ("Squeeze", ["m"], ["q"]), ("Mul", ["x", "q"], ["h"])]):  # fmt: skip
+        model = small([*nodes, ("Tanh", ["h"], ["y"])], [("k", [1.0, 2.0, -1e5, 7e4])])
+        model.graph.initializer.append(numpy_helper.from_array(np.array([1, 4]), "shape"))
+        mixed, report = Narrowing().in_precision("mixed", model, None, {}, None)
+        onnx.checker.check_model(mixed, full_check=True)
+        assert {row.reason for row in report.refused} == {"its constant 'k' overflows fp16"}
+        x = np.array([[1.0, 0.5, 1e-5, 0.0]], np.float32)  # half would make the last 0 * inf, no number
+        assert abs(run(mixed, x=x)[0] - run(model, x=x)[0]).max() <= 2 * 2.0**-11  # one rounding of h and y each
+        with pytest.raises(UnsupportedError, match="constant 'k' does not fit in fp16"):
+            narrowed(model, "fp16", keep=keep_list(["op:Reshape"]))
+
+
+@pytest.mark.parametrize("value", [{"value_float": 0.1}, {"value_floats": [0.1, 0.2, 0.3, 0.4]}])
+def test_constants_that_are_written_as_plain_numbers_are_rounded_too(value):
+    model = small([("Constant", [], ["k"], value), ("Mul", ["x", "k"], ["y"])])
+    narrow = narrowed(model, "fp16")
+    onnx.checker.check_model(narrow, full_check=True)
+    (constant,) = narrow.graph.initializer
+    assert constant.data_type == TensorProto.FLOAT16
+    assert np.array_equal(numpy_helper.to_array(constant), np.asarray(next(iter(value.values())), np.float16))
 
 
 def test_a_keep_list_serves_every_narrow_precision():

@@ -30,6 +30,8 @@ _TYPED_BY_ATTRIBUTE = frozenset(
     {"Bernoulli", "EyeLike", "Multinomial", "QuantizeLinear", "DequantizeLinear"}
     | {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
+# What the schemas allow and TensorRT's parser (RTX 1.7) refuses in a strongly typed network.
+_NOT_TAKEN = {("HardSwish", "tensor(bfloat16)"): "TensorRT takes no HardSwish in bfloat16"}
 _GRAPH_ATTRIBUTES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 # By the format's name: the element type in a graph, and the type as operator schemas spell it.
 ELEMENT_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -57,6 +59,7 @@ def type_nodes(
     narrow: str,
     keep: Keep | None,
     narrow_edges: Collection[str] = (),
+    overflowing: Mapping[str, str] | None = None,
 ) -> Typing:
     """Types every node of a graph.
 
@@ -64,17 +67,26 @@ def type_nodes(
         model: nodes in order of evaluation.
         is_float: for each value, whether it is float32 in the given model.
         narrow: the narrow type as schemas spell it (`tensor(float16)`).
-        keep: nodes that stay wide.
+        keep: nodes that stay wide. Those that only move values lose nothing in either type, so their neighbours decide
+            first.
         narrow_edges: inputs and outputs of the graph that are narrow.
+        overflowing: why what reads a constant must stay wide, by the constant's name; also what reads it moved.
 
     Raises:
         UnsupportedError: a node holds a graph of its own (If, Loop, Scan).
     """
     opsets = {entry.domain: entry.version for entry in model.opset_import}
-    reasons = {}
+    reasons: dict[int, str | None] = {}
+    kept: dict[int, str | None] = {}
+    overflows = dict(overflowing or {})
     for position, node in enumerate(model.graph.node):
         _refuse_inner_graphs(node)
-        reasons[position] = _reason(node, _schema(node, opsets), narrow, keep) or _unknown_input(node, is_float)
+        kept[position] = keep(node) if keep else None
+        found = next((overflows[name] for name in node.input if name in overflows), None)
+        if found and node.op_type in MOVEMENTS:
+            overflows.update(dict.fromkeys(node.output, found))
+        forced = found or _reason(node, _schema(node, opsets), narrow) or _unknown_input(node, is_float)
+        reasons[position] = forced if node.op_type in MOVEMENTS else kept[position] or forced
     neighbours = _Neighbours(model, is_float, reasons, narrow_edges)
     typing = Typing()
     narrow_values: dict[str, bool | None] = {
@@ -85,7 +97,7 @@ def type_nodes(
     for position, node in enumerate(model.graph.node):
         schema, reason = _schema(node, opsets), reasons[position]
         if reason is None and (_follows(node, is_float) or not any(map(is_float.get, node.input))):
-            reason = neighbours.why_wide(node, narrow_values)
+            reason = neighbours.why_wide(node, narrow_values, kept[position])
         inputs = _allowed(node.input, schema.inputs if schema else (), is_float, narrow, reason is None)
         outputs = _allowed(node.output, schema.outputs if schema else (), is_float, narrow, reason is None)
         narrow_values.update(
@@ -109,40 +121,46 @@ class _Neighbours:
         narrow_edges: Collection[str],
     ) -> None:
         self._is_float = is_float
-        self._outputs = {value.name: value.name not in narrow_edges for value in model.graph.output}
-        self._readers: dict[str, list[tuple[onnx.NodeProto, bool]]] = {}
-        for position, node in enumerate(model.graph.node):
-            for name in dict.fromkeys(node.input):
-                self._readers.setdefault(name, []).append((node, reasons[position] is not None))
+        # Of each value, whether there are readers that take it wide (True), narrow (False), or both; decisions and
+        # readers that are not there ask for nothing, movements for what is asked of their results.
+        self._asked = {value.name: {value.name not in narrow_edges} for value in model.graph.output}
+        for position, node in reversed(list(enumerate(model.graph.node))):
+            asked = {reasons[position] is not None}
+            if reasons[position] is None and _follows(node, is_float):
+                asked = self._asked_of(node)
+            for name in node.input:
+                self._asked.setdefault(name, set()).update(asked)
 
-    def why_wide(self, node: onnx.NodeProto, narrow_values: Mapping[str, bool | None]) -> str | None:
+    def _asked_of(self, node: onnx.NodeProto) -> set[bool]:
+        floats = (name for name in node.output if self._is_float.get(name))
+        return set().union(*(self._asked.get(name, set()) for name in floats))
+
+    def why_wide(
+        self, node: onnx.NodeProto, narrow_values: Mapping[str, bool | None], kept: str | None = None
+    ) -> str | None:
         """Why a node that computes nothing stays wide, or None.
 
-        It follows its inputs where they agree, else its readers.
+        It follows its inputs where they agree. Where they don't, or are there in either type as constants and inputs of
+        the graph are, it is wide if anything reads it so: to widen loses nothing. Decisions are wide likewise.
 
         Args:
             node: it.
-            narrow_values: type of each value before it, None for an input of the graph that is there in either.
+            narrow_values: type of each value before it that is no constant, None for an input of the graph.
+            kept: why it should be wide where that leaves the choice.
         """
         before = {name: narrow_values[name] for name in node.input if name in narrow_values}
-        types = set(before.values())
+        types, asked = set(before.values()), self._asked_of(node)
         if types == {True}:
             return None
         wide = next((name for name, narrow in before.items() if narrow is False), None)
-        if True not in types and wide is not None:
+        if wide is not None and True not in types:
             return f"computes nothing from '{wide}', which is wide"
-        makes_floats = any(self._is_float.get(name) for name in node.output)
-        if (before and not makes_floats) or (makes_floats and all(map(self._read_wide, node.output))):
-            return "computes nothing, and all that reads it is wide"
+        decides = bool(before) and not any(map(self._is_float.get, node.output))
+        if decides or True in asked:
+            return "computes nothing, and what it stands between is wide in part"
+        if types == {None}:
+            return kept or (None if asked else "computes nothing, and nothing that reads it is narrow")
         return None
-
-    def _read_wide(self, name: str) -> bool:
-        readers = self._readers.get(name, [])
-        wide = all(
-            is_wide or (_follows(node, self._is_float) and all(map(self._read_wide, node.output)))
-            for node, is_wide in readers
-        )
-        return wide and self._outputs.get(name, True) and bool(readers or name in self._outputs)
 
 
 def _refuse_inner_graphs(node: onnx.NodeProto) -> None:
@@ -178,16 +196,16 @@ def _schema(node: onnx.NodeProto, opsets: Mapping[str, int]) -> OpSchema | None:
         return None
 
 
-def _reason(node: onnx.NodeProto, schema: OpSchema | None, narrow: str, keep: Keep | None) -> str | None:
-    """Why a node stays wide, or None."""
-    if keep is not None and (said := keep(node)):
-        return said
+def _reason(node: onnx.NodeProto, schema: OpSchema | None, narrow: str) -> str | None:
+    """Why a node cannot be narrow, or None."""
     if schema is None:
         return f"operator {node.domain or 'ai.onnx'}.{node.op_type} has no schema that says which types it takes"
     if node.op_type in _TYPED_BY_ATTRIBUTE:
         return f"operator {node.op_type} fixes its type by an attribute"
     formals = [*schema.inputs[:1], *schema.outputs[:1]]
     floats = [formal for formal in formals if "tensor(float)" in formal.types]
+    if floats and (node.op_type, narrow) in _NOT_TAKEN:
+        return _NOT_TAKEN[node.op_type, narrow]
     if floats and not any(narrow in formal.types for formal in floats):
         return f"operator {node.op_type} of opset {schema.since_version} is not defined for {narrow}"
     return None

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 
 from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.export.emit.node_types import ELEMENT_TYPES, SCHEMA_TYPES, Keep, type_nodes
@@ -24,6 +25,8 @@ from lowprec.report import ChangeReport
 
 # Conv, pooling and resizing take bfloat16 from this opset on.
 _BF16_OPSET = 22
+# How a Constant node spells numbers that are no tensor.
+_NUMBERS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 
 
 def convert_precision(
@@ -62,9 +65,8 @@ def convert_precision(
     source = _prepared(model, fmt)
     is_float = _float_values(source)
     _check_edges(source, is_float, narrow_edges)
-    if keep_overflowing:
-        keep = _with_overflowing(source, is_float, fmt, keep)
-    typing = type_nodes(source, is_float, SCHEMA_TYPES[fmt.name], keep, narrow_edges)
+    overflowing = _overflowing(source, is_float, fmt) if keep_overflowing else {}
+    typing = type_nodes(source, is_float, SCHEMA_TYPES[fmt.name], keep, narrow_edges, overflowing)
     rewriter = Rewriter(source, fmt, is_float, typing, narrow_edges, file)
     result = rewriter.run()
     check_model(result)
@@ -95,31 +97,34 @@ def _check_edges(model: onnx.ModelProto, is_float: dict[str, bool], names: Colle
         )
 
 
-def _with_overflowing(model: onnx.ModelProto, is_float: dict[str, bool], fmt: FloatFormat, keep: Keep | None) -> Keep:
-    """`keep`, and the nodes that read a constant which overflows."""
-    losses = {t.name: tensor_loss(t, fmt) for t in model.graph.initializer if is_float.get(t.name)}
-    overflowing = {name for name, loss in losses.items() if loss.overflow}
-
-    def reason(node: onnx.NodeProto) -> str | None:
-        said = keep(node) if keep else None
-        found = next((name for name in node.input if name in overflowing), None)
-        return said or (found and f"its constant '{found}' overflows {fmt.name}")
-
-    return reason
+def _overflowing(model: onnx.ModelProto, is_float: dict[str, bool], fmt: FloatFormat) -> dict[str, str]:
+    """By the name of each constant that overflows, what is to be said of the nodes that read it."""
+    floats = [tensor for tensor in model.graph.initializer if is_float.get(tensor.name)]
+    return {t.name: f"its constant '{t.name}' overflows {fmt.name}" for t in floats if tensor_loss(t, fmt).overflow}
 
 
 def _lift_constants(graph: onnx.GraphProto) -> None:
-    """Constant nodes that hold a tensor become initializers."""
+    """Constant nodes that hold numbers become initializers."""
     kept = []
     for node in graph.node:
-        value = next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
-        if node.op_type == "Constant" and value is not None:
-            graph.initializer.add().CopyFrom(value)
-            graph.initializer[-1].name = node.output[0]
-        else:
+        tensor = _constant(node) if node.op_type == "Constant" else None
+        if tensor is None:
             kept.append(node)
+        else:
+            graph.initializer.add().CopyFrom(tensor)
+            graph.initializer[-1].name = node.output[0]
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """The value of a Constant node, or None where it is sparse or text."""
+    (attribute,) = node.attribute
+    value = helper.get_attribute_value(attribute)
+    if isinstance(value, onnx.TensorProto):
+        return value
+    kind = _NUMBERS.get(attribute.name)
+    return None if kind is None else numpy_helper.from_array(np.asarray(value, kind))
 
 
 def _float_values(model: onnx.ModelProto) -> dict[str, bool]:
