@@ -8,7 +8,8 @@ stands at the beginning; what differs between precisions is what `Narrowing` mak
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import difflib
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,7 @@ def export(
     *,
     opset: int | None = None,
     keep: KeepList | str | Path | Sequence[str] | None = None,
-    narrow_io: bool | Sequence[str] = False,
+    narrow_io: bool | str | Sequence[str] = False,
     build: BuildOptions | None = None,
     facts: dict[str, Any] | None = None,
     limits: Limits = DEFAULT_LIMITS,
@@ -85,7 +86,7 @@ def export(
         precision: one or several of `fp32`, `fp16`, `bf16`, `mixed`, `int8`; fp32 is always written.
         targets: `onnx`, `tensorrt-rtx`, `tensorrt`; an engine is built from the precision that is named last.
         calibration: samples that the golden file and the ranges are taken from; when None the example inputs, and
-            random ones where there are none.
+            random ones where there are none, of which int8 is not made.
         dynamic_shapes: for a module, as `torch.export` takes them or with names of axes, `{"x": {0: "batch", 2:
             "height"}}`; by default the leading axis is a dynamic batch.
         opset: the ONNX operator set to write: 18 or newer for a module (by default 20), by default a file's own.
@@ -97,7 +98,7 @@ def export(
         progress: called with (done, total) steps.
 
     Raises:
-        ConfigError: an unknown precision or target, or a keep-list that matches nothing.
+        ConfigError: an unknown precision or target, a keep-list that matches nothing, or int8 without any samples.
         MissingDependencyError: the package of a target, or of int8, is not installed.
         FoldError: the network cannot be traced.
         ArtifactError: the folder holds something else, or the ONNX file is damaged.
@@ -105,6 +106,11 @@ def export(
     """
     folder = Path(folder)
     plan = _plan(precision, targets, Narrowing(None if keep is None else keep_list(keep), narrow_io))
+    if "int8" in plan.precisions and calibration is None and example_inputs is None:
+        raise ConfigError(
+            "asked for int8, whose scales are taken from samples, and found none, since an ONNX file comes without; "
+            "give some with --calibration DATA"
+        )
     check_replaceable(folder, "a bundle", is_bundle)
     step = _counter(progress)
     network = network_of(model, example_inputs, dynamic_shapes, opset)
@@ -144,12 +150,8 @@ def export(
 def _plan(precision: str | Sequence[str], targets: Sequence[str], narrowing: Narrowing) -> _Plan:
     asked = (precision,) if isinstance(precision, str) else tuple(precision)
     wanted = (targets,) if isinstance(targets, str) else tuple(targets)
-    for name in asked:
-        if name not in layout.ONNX_BY_PRECISION:
-            raise ConfigError(f"unknown precision {name!r}; choose from {', '.join(layout.ONNX_BY_PRECISION)}")
-    for name in wanted:
-        if name not in TARGETS:
-            raise ConfigError(f"unknown target {name!r}; choose from {', '.join(TARGETS)}")
+    _check_known("precision", asked, layout.ONNX_BY_PRECISION)
+    _check_known("target", wanted, TARGETS)
     if "int8" in asked:
         check_quantiser()
     engines = tuple(name for name in ENGINE_TARGETS if name in wanted)
@@ -157,6 +159,14 @@ def _plan(precision: str | Sequence[str], targets: Sequence[str], narrowing: Nar
     precisions = tuple(name for name in layout.ONNX_BY_PRECISION if name == "fp32" or name in asked)
     last = next(name for name in layout.ONNX_BY_PRECISION if name == (asked[-1] if asked else "fp32"))
     return _Plan(precisions, engines, last, narrowing)
+
+
+def _check_known(kind: str, asked: Sequence[str], known: Collection[str]) -> None:
+    for name in asked:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"unknown {kind} {name!r}; {hint}choose from {', '.join(known)}")
 
 
 def _write_models(

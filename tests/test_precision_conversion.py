@@ -14,6 +14,7 @@ from test_emit import parse_strongly_typed, run, small
 from torch import nn
 
 from lowprec.errors import ConfigError, UnsupportedError
+from lowprec.export import export
 from lowprec.export.emit import emit_onnx
 from lowprec.export.emit.keep import DEFAULT_KEEP, keep_list
 from lowprec.export.emit.narrowing import Narrowing
@@ -167,6 +168,21 @@ def test_inputs_and_outputs_are_narrow_where_asked(names):
     assert len(casts(half)) == 2 - len(narrow)
     x = np.array([[1.0, -2.0, 0.5, 3.0]], np.float16 if "x" in narrow else np.float32)
     assert run(half, x=x)[0].tolist() == [[1.0, 0.0, 1.5, 12.0]]
+
+
+def test_one_name_is_as_good_as_a_list_of_it():
+    model = small([("Relu", ["x"], ["result"])], outputs=("result",))
+    half = narrowed(model, "fp16", narrow_io="result")
+    assert half.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT16
+
+
+@pytest.mark.parametrize(
+    ("words", "near"), [({"precision": "mixd"}, "mixed"), ({"targets": ["tensorrt_rtx"]}, "tensorrt-rtx")]
+)
+def test_unknown_words_name_the_nearest(tmp_path, words, near):
+    with pytest.raises(ConfigError, match=rf"did you mean '{near}'\? choose from "):
+        export(small([("Relu", ["x"], ["y"])]), None, tmp_path / "b", **words)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_wide_node_reads_a_narrow_input_and_makes_a_narrow_output():

@@ -31,7 +31,7 @@ class Narrowing:
     """
 
     keep: KeepList | None = None
-    narrow_io: bool | Collection[str] = False
+    narrow_io: bool | str | Collection[str] = False
 
     def in_precision(
         self, precision: str, model: onnx.ModelProto, path: Path, feeds: Mapping[str, NDArray[Any]], target: Path
@@ -69,6 +69,8 @@ class Narrowing:
         )
 
     def _edges(self, model: onnx.ModelProto) -> Collection[str]:
+        if isinstance(self.narrow_io, str):
+            return (self.narrow_io,)
         if not isinstance(self.narrow_io, bool):
             return self.narrow_io
         weights = {tensor.name for tensor in model.graph.initializer}

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from lowprec.errors import MissingDependencyError, UnsupportedError
+from lowprec.errors import DataError, MissingDependencyError, UnsupportedError
 from lowprec.export.emit.keep import KeepList
 from lowprec.export.external_data import check_model
 from lowprec.export.onnx_files import first_line, load_onnx, module_path
@@ -54,9 +54,11 @@ def quantise(path: Path, feeds: Arrays, keep: KeepList) -> tuple[onnx.ModelProto
 
     Raises:
         MissingDependencyError: onnxruntime is not installed.
+        DataError: samples that no scale can be taken from: not finite, 0 throughout, or fewer than a fixed batch.
         UnsupportedError: it cannot run or quantise this model.
     """
     check_quantiser()
+    _check_samples(feeds)
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     source = load_onnx(path)
@@ -65,13 +67,14 @@ def quantise(path: Path, feeds: Arrays, keep: KeepList) -> tuple[onnx.ModelProto
         if reason := keep.reason(node):
             report.refuse(module_path(node) or node.name, reason)
             wide[node.name] = reason
+    batches = _Batches(source, feeds)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantise-") as folder, _quiet():
         target = Path(folder) / "quantised.onnx"
         try:
             quantize_static(
                 str(path),
                 str(target),
-                _Batches(source, feeds),
+                batches,
                 quant_format=QuantFormat.QDQ,
                 calibrate_method=CalibrationMethod.MinMax,
                 per_channel=True,
@@ -94,13 +97,28 @@ def quantise(path: Path, feeds: Arrays, keep: KeepList) -> tuple[onnx.ModelProto
     return result, report
 
 
+def _check_samples(feeds: Arrays) -> None:
+    for name, array in feeds.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise DataError(f"int8 takes its scales from the samples, and those of input {name!r} are not all finite")
+        if array.dtype.kind == "f" and not array.any():
+            raise DataError(f"int8 takes its scales from the samples, and those of input {name!r} are 0 throughout")
+
+
 class _Batches:
-    """onnxruntime's calibration reader over arrays: equal batches, each read once."""
+    """onnxruntime's calibration reader over arrays: equal batches, each read once.
+
+    Where the model fixes its batch, samples that do not fill the last one are left out.
+    """
 
     def __init__(self, model: onnx.ModelProto, feeds: Arrays) -> None:
         weights = {tensor.name for tensor in model.graph.initializer}
         specs = specs_of([value for value in model.graph.input if value.name not in weights])
-        self._batches = _batches(feeds, {spec.name: spec.dtype for spec in specs}, fixed_batch(specs) or _BATCH)
+        fixed, total = fixed_batch(specs), len(next(iter(feeds.values())))
+        if fixed and total < fixed:
+            raise DataError(f"the model takes {fixed} samples at a time, and there are {total} to take scales from")
+        whole = {name: array[: total - total % fixed] for name, array in feeds.items()} if fixed else feeds
+        self._batches = _batches(whole, {spec.name: spec.dtype for spec in specs}, fixed or _BATCH)
 
     def get_next(self) -> dict[str, NDArray[Any]] | None:
         """The next batch, None behind the last."""
