@@ -8,6 +8,9 @@ The file, which people write and calibration will:
 
 `op:` is the operator's type, `node:` the node's name, `module:` the path of the module that it came from, or of one
 above it; each a shell pattern, upper and lower case told apart. Other fields of an entry are the writer's own.
+
+A node that only moves values (a reshape, a concatenation) has the type of its neighbours, kept or not: it loses nothing
+in either type, and to widen around it would only add casts.
 """
 
 from __future__ import annotations
