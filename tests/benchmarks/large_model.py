@@ -56,7 +56,7 @@ def main() -> int:
     model = network(args.gib)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
     built, started = peak_mib(), time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory(prefix=".large_model-", dir=".") as folder:
         if args.whole:
             from lowprec.export import export
 
