@@ -24,7 +24,6 @@ from lowprec.export.backends import Backend, Session
 from lowprec.export.bundle import open_bundle
 from lowprec.export.golden import Golden
 from lowprec.export.stages import choose_backends, match_names
-from lowprec.export.tensors import fixed_batch
 from lowprec.export.verification import bundle_artefacts
 from lowprec.packages import installed_versions
 
@@ -144,7 +143,8 @@ def bench_bundle(
     opened = open_bundle(folder)
     golden = Golden.load(opened.path(layout.GOLDEN))
     chosen = {name: b for name, b in choose_backends(backends).items() if backends or name != "reference"}
-    sessions, rows = {}, []
+    sessions: dict[str, tuple[Session, dict[str, Any]]] = {}
+    rows: list[dict[str, Any]] = []
     for artefact in bundle_artefacts(opened):
         for name, backend in chosen.items():
             if backend.accepts(artefact.path):
@@ -156,9 +156,13 @@ def bench_bundle(
                     rows.append(about | {"reason": found})
     for number, batch in enumerate(batches):
         feeds = {n: np.resize(array, (batch, *array.shape[1:])) for n, array in golden.inputs.items()}
-        fitting = {
-            key: session for key, (session, _) in sessions.items() if fixed_batch(session.inputs) in (None, batch)
-        }
+        fitting = {}
+        for key, (session, about) in sessions.items():
+            reason = _refuses(session, feeds, batch)
+            if reason is None:
+                fitting[key] = session
+            else:
+                rows.append(about | {"batch": batch, "reason": reason})
         total = len(batches) * max(len(fitting), 1)
 
         def report(done: int, count: int, before: int = number, total: int = total) -> None:
@@ -169,6 +173,17 @@ def bench_bundle(
         rows += [sessions[key][1] | {"arithmetic": sessions[key][0].arithmetic} | row for key, row in timed.items()]
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
     return {"machine": machine, "packages": installed_versions(_PACKAGES), "seconds": seconds, "rows": rows}
+
+
+def _refuses(session: Session, feeds: Arrays, batch: int) -> str | None:
+    """Why a session cannot be timed on this batch, or None."""
+    try:
+        ranges = session.batches(_matched(session, feeds))
+    except LowprecError as error:
+        return str(error)
+    if any(batch in sizes for sizes in ranges):
+        return None
+    return f"it takes batches of {', '.join(f'{sizes[0]} to {sizes[-1]}' for sizes in ranges)}"
 
 
 def _opened(backend: Backend, path: Path) -> Session | str:

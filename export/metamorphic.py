@@ -8,6 +8,7 @@ Source: metamorphic testing, Chen, Cheung, Yiu, 1998.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,16 +19,14 @@ from lowprec.export.backends import Session
 from lowprec.export.golden import Golden
 from lowprec.export.parity import Check, Limits
 from lowprec.export.parity.floor import deviation, rms
-from lowprec.export.tensors import fixed_batch
+from lowprec.export.stages import run_batched
 
 Arrays = dict[str, NDArray[Any]]
 
 _ROWS = 16  # samples looked at, fewer where a batch holds fewer
 
 
-def metamorphic_checks(
-    session: Session, golden: Golden, precision: str, limits: Limits, largest: int | None = None
-) -> tuple[Check, ...]:
+def metamorphic_checks(session: Session, golden: Golden, precision: str, limits: Limits) -> tuple[Check, ...]:
     """Asks a session the same in other ways.
 
     Args:
@@ -35,17 +34,16 @@ def metamorphic_checks(
         golden: samples, and the noise floor of each output at the precision.
         precision: that the artefact stores values in.
         limits: the bands; deviations are in multiples of the floor.
-        largest: the largest batch that the session takes; None for any.
     """
-    fixed = fixed_batch(session.inputs)
-    rows = fixed or min(golden.samples, _ROWS, largest or _ROWS)
-    feeds = {name: array[:rows] for name, array in golden.inputs.items()}
-    floors = {name: array[:rows] for name, array in golden.floors[precision].rms.items()}
+    rows = session.batch_near(golden.inputs, min(golden.samples, _ROWS))
+    taken = np.arange(rows) % golden.samples
+    feeds = {name: array[taken] for name, array in golden.inputs.items()}
+    floors = {name: array[taken] for name, array in golden.floors[precision].rms.items()}
     whole = session.run(feeds)
     checks = [_twice(whole, session.run(feeds))]
-    if fixed is None:
-        sizes = sorted({1, 2, max(rows // 2, 1), largest or rows})
-        figures = {size: _deviation(whole, _in_batches(session, feeds, size, rows), floors) for size in sizes}
+    sizes = _sizes(session, feeds, rows)
+    if sizes != [rows]:
+        figures = {size: _deviation(whole, run_batched(session, feeds, size, fill=True), floors) for size in sizes}
         checks.append(_judged("batch", figures, limits, "batches of"))
     repeated = {
         row: session.run({name: np.repeat(array[row : row + 1], rows, 0) for name, array in feeds.items()})
@@ -68,13 +66,11 @@ def _bits(array: NDArray[Any]) -> NDArray[np.uint8]:
     return np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
 
 
-def _in_batches(session: Session, feeds: Arrays, size: int, rows: int) -> Arrays:
-    """Outputs of the rows, computed `size` at a time; a batch beyond the rows is filled with copies of the last one."""
-    parts = []
-    for start in range(0, rows, size):
-        taken = np.minimum(np.arange(start, start + size), rows - 1)
-        parts.append(session.run({name: array[taken] for name, array in feeds.items()}))
-    return {name: np.concatenate([part[name] for part in parts])[:rows] for name in parts[0]}
+def _sizes(session: Session, feeds: Arrays, rows: int) -> list[int]:
+    """Batches to ask in: one sample, two, half and all of the rows, and the ends of what the session is built for."""
+    ranges = session.batches(feeds)
+    inner = {size for size in (1, 2, rows // 2, rows) if any(size in sizes for sizes in ranges)}
+    return sorted(inner | {end for sizes in ranges for end in (sizes[0], sizes[-1]) if sizes[-1] < sys.maxsize - 1})
 
 
 def _deviation(expected: Arrays, found: Arrays, floors: Mapping[str, NDArray[np.float64]]) -> float:

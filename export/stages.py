@@ -21,7 +21,6 @@ from lowprec.export.onnx_files import load_onnx, module_path
 from lowprec.export.parity import Check, Limits, Stage, judge
 from lowprec.export.parity.report import Status
 from lowprec.export.sketches import deviations
-from lowprec.export.tensors import fixed_batch
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -80,7 +79,11 @@ def run_stages(
         progress: called with (done, total).
         suffix: of the names of stages.
         named: whether the backends were asked for by name; else one that would hold the weights of a large artefact
-            twice is left out, so that memory stays bounded.
+            twice is left out, so that memory stays bounded, and an engine for another GPU, version or system is listed
+            as not run.
+
+    Raises:
+        MissingDependencyError: a backend was asked for by name, and this machine is not what an engine was built for.
     """
     jobs = [(a, n, b) for a in artefacts for n, b in backends.items() if b.accepts(a.path)]
     stages = []
@@ -92,7 +95,7 @@ def run_stages(
             title = f"{artefact.precision} on {name}{suffix}"
             stages.append(Stage(title, artefact.name, name, "-", status="not available here", reason=reason))
             continue
-        stages.append(_run_stage(artefact, name, backend, golden, limits, suffix))
+        stages.append(_run_stage(artefact, name, backend, golden, limits, suffix, named))
     for artefact in artefacts:
         if artefact.path.suffix == ".onnx":
             stages += _node_stages(artefact, golden, limits, suffix)
@@ -101,16 +104,21 @@ def run_stages(
     return stages
 
 
-def _run_stage(artefact: Artefact, name: str, backend: Backend, golden: Golden, limits: Limits, suffix: str) -> Stage:
+def _run_stage(
+    artefact: Artefact, name: str, backend: Backend, golden: Golden, limits: Limits, suffix: str, named: bool
+) -> Stage:
     title = f"{artefact.precision} on {name}{suffix}"
+    status: Status = "built, not run here" if isinstance(backend, EngineBackend) else "not available here"
     reason = backend.unavailable() or backend.cannot_run()
     if reason:
-        built = isinstance(backend, EngineBackend)
-        status: Status = "built, not run here" if built else "not available here"
         return Stage(title, artefact.name, name, "-", status=status, reason=reason)
     try:
         session = backend.open(artefact.path)
         outputs = run_batched(session, golden.inputs)
+    except MissingDependencyError as error:
+        if named:
+            raise
+        return Stage(title, artefact.name, name, "-", status=status, reason=str(error))
     except NoKernelError as error:
         return Stage(title, artefact.name, name, "-", status="not available here", reason=str(error))
     except UnsupportedError as error:
@@ -168,20 +176,35 @@ def judged(
     return Stage(title, artefact, backend, arithmetic, status="ran", checks=tuple(checks))
 
 
-def run_batched(session: Session, feeds: Mapping[str, NDArray[Any]], batch: int = _BATCH) -> Arrays:
-    """Outputs of a session on all samples, computed `batch` (or as many as it fixes) at a time and joined.
+def run_batched(session: Session, feeds: Mapping[str, NDArray[Any]], batch: int = _BATCH, fill: bool = False) -> Arrays:
+    """Outputs of a session on all samples, computed `batch` at a time (or what it takes that is nearest) and joined.
+
+    Args:
+        session: what computes them.
+        feeds: samples along axis 0.
+        batch: samples at a time.
+        fill: whether the last batch is filled with copies of the last sample also where the session takes it shorter.
 
     Raises:
         DataError: the names of the feeds and of the session's inputs differ in a way that leaves a choice.
+        UnsupportedError: the session takes samples of another shape.
     """
     taken = match_names(list(feeds), [spec.name for spec in session.inputs])
+    feeds = {taken[name]: value for name, value in feeds.items()}
     total = len(next(iter(feeds.values())))
-    batch = fixed_batch(session.inputs) or batch
-    parts = [
-        session.run({taken[name]: value[start : start + batch] for name, value in feeds.items()})
-        for start in range(0, total, batch)
-    ]
+    size = session.batch_near(feeds, batch)
+    parts = []
+    for start in range(0, total, size):
+        count = min(size, total - start)
+        short = count < size and not fill and any(count in sizes for sizes in session.batches(feeds))
+        rows = slice(start, start + count) if short or count == size else _filled(start, size, total)
+        found = session.run({name: value[rows] for name, value in feeds.items()})
+        parts.append({name: value[:count] for name, value in found.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _filled(start: int, size: int, total: int) -> NDArray[np.intp]:
+    return np.minimum(np.arange(start, start + size), total - 1)
 
 
 def match_names(given: list[str], wanted: list[str]) -> dict[str, str]:

@@ -15,9 +15,11 @@ from test_quantise import Small, randomise, samples
 
 from lowprec.cli import build_parser
 from lowprec.cli.build_options import build_options_from
-from lowprec.errors import ArtifactError, ConfigError
+from lowprec.errors import ArtifactError, ConfigError, MissingDependencyError
 from lowprec.export import compare, export, rebuild, verify
 from lowprec.export.backends import BACKENDS, BuildOptions
+from lowprec.export.backends.cuda import Gpu
+from lowprec.export.backends.tensorrt import sidecar
 from lowprec.export.bundle import open_bundle
 from lowprec.export.rebuild import add_engine
 
@@ -92,8 +94,12 @@ def test_an_engine_is_added_and_the_bundle_renewed(bundle, command, precision):
 def test_an_engine_that_runs_is_judged_asked_in_other_ways_and_noted(bundle, monkeypatch):
     """With onnxruntime in the engine's place: what happens on the machine with the card, but for the card."""
     backend = BACKENDS["tensorrt-rtx"]
+    session = BACKENDS["onnxruntime"].open(bundle / "model.fp16.onnx")
+    run, asked = session._run, set()
+    monkeypatch.setattr(session, "batches", lambda feeds: (range(1, 9),))
+    monkeypatch.setattr(session, "_run", lambda feeds: asked.add(len(feeds["x"])) or run(feeds))
     monkeypatch.setattr(backend, "cannot_run", lambda: None)
-    monkeypatch.setattr(backend, "_open", lambda path: BACKENDS["onnxruntime"].open(bundle / "model.fp16.onnx"))
+    monkeypatch.setattr(backend, "_open", lambda path: session)
     np.savez(bundle.parent / "data.npz", x=samples(seed=9))
     options = BuildOptions(batch=(1, 4, 8), compute_capabilities=((8, 6),))
     renewed = add_engine(bundle, precision="fp16", options=options, data=str(bundle.parent / "data.npz"))
@@ -106,6 +112,22 @@ def test_an_engine_that_runs_is_judged_asked_in_other_ways_and_noted(bundle, mon
     assert [check.name for check in stages[1].checks] == ["twice", "batch", "rows"]
     assert {stage.verdict for stage in stages} == {"pass"}
     assert renewed.record("model.rtx.engine.json")["verification"] == "run on this machine: pass"
+    assert asked == {1, 2, 4, 8}
+
+
+def test_an_engine_for_another_gpu_is_listed_unless_it_was_asked_for(bundle, monkeypatch):
+    add_engine(bundle, precision="fp16", options=BuildOptions(batch=(1, 4, 8), compute_capabilities=((8, 6),)))
+    monkeypatch.setattr(BACKENDS["tensorrt-rtx"], "cannot_run", lambda: None)
+    monkeypatch.setattr(sidecar, "gpu_or_none", lambda: Gpu("Hopper", "9.0", "13.0"))
+    report = verify(bundle)
+    assert report.passed
+    (stage,) = [stage for stage in report.stages if stage.artefact == "model.rtx.engine"]
+    assert stage.status == "built, not run here"
+    assert "was built for compute capability 8.6; this GPU, Hopper, has 9.0" in stage.reason
+    with pytest.raises(MissingDependencyError, match=r"this GPU, Hopper, has 9\.0"):
+        verify(bundle, ["tensorrt-rtx"])
+    kept = add_engine(bundle, options=BuildOptions(compute_capabilities=((8, 6),)))  # the bundle has its engine
+    assert kept.record("model.rtx.engine.json")["verification"] == "built, not run"
 
 
 def test_an_engine_is_compared_where_it_runs(bundle, command, monkeypatch):

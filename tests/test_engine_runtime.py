@@ -20,6 +20,7 @@ from lowprec.export.backends.tensorrt import session as sessions
 from lowprec.export.backends.tensorrt.library import RTX, TENSORRT, Library
 from lowprec.export.backends.tensorrt.session import EngineSession
 from lowprec.export.backends.tensorrt.sidecar import check_sidecar
+from lowprec.export.stages import run_batched
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +97,10 @@ class Engine:
     def get_tensor_shape(self, name):
         return (-1, 2)
 
+    profiles = (((1, 2), (2, 2), (4, 2)), ((5, 2), (6, 2), (9, 2)))
+
     def get_tensor_profile_shape(self, name, index):
-        return [((1, 2), (2, 2), (4, 2)), ((5, 2), (6, 2), (9, 2))][index]
+        return self.profiles[index]
 
     def create_execution_context(self):
         self.context = Context(self)
@@ -124,6 +127,32 @@ def test_a_batch_runs_in_the_profile_that_holds_it(driver, rows, profile):
         ("x", (None, 2), "float32"), ("y", (None, 2), "float16")
     ]  # fmt: skip
     assert session.placement == {"GPU": 3}
+
+
+@pytest.mark.parametrize(
+    ("profiles", "samples", "calls"),
+    [
+        (Engine.profiles, 20, [9, 9, 2]),
+        (Engine.profiles, 3, [3]),
+        (Engine.profiles[1:] * 2, 20, [9, 9, 9]),  # two samples are fewer than it takes, so the rest is filled
+        (Engine.profiles[1:] * 2, 2, [9]),
+        ((((1, 3),) * 3, ((2, 2), (3, 2), (3, 2))), 7, [3, 3, 3]),  # the other profile is for other samples
+    ],
+)
+def test_samples_are_given_in_batches_that_the_engine_takes(driver, monkeypatch, profiles, samples, calls):
+    session, _ = opened(driver, profiles=profiles)
+    run, seen = session._run, []
+    monkeypatch.setattr(session, "_run", lambda feeds: seen.append(len(feeds["x"])) or run(feeds))
+    x = np.random.default_rng(0).normal(size=(samples, 2))
+    y = run_batched(session, {"x": x})["y"]
+    assert seen == calls
+    assert np.array_equal(y, (2 * x.astype(np.float32)).astype(np.float16))
+
+
+def test_samples_that_no_profile_holds_are_one_line(driver):
+    session, _ = opened(driver, profiles=(((1, 3),) * 3,) * 2)
+    with pytest.raises(UnsupportedError, match=r"samples of the shapes \{'x': \(2,\)\} lie in no profile"):
+        run_batched(session, {"x": np.zeros((4, 2))})
 
 
 @pytest.mark.parametrize(

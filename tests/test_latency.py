@@ -101,3 +101,16 @@ def test_what_cannot_be_timed_is_one_line(bundle):
         bench_bundle(bundle, batches=[0])
     with pytest.raises(MissingDependencyError, match="tensorrt-rtx was asked for and cannot run here"):
         bench_bundle(bundle, ["tensorrt-rtx"])
+
+
+def test_a_batch_that_an_artefact_does_not_take_is_said(bundle, monkeypatch):
+    opened = latency._opened
+
+    def up_to_two(backend, path):
+        session = opened(backend, path)
+        session.batches = lambda feeds: (range(1, 3),)
+        return session
+
+    monkeypatch.setattr(latency, "_opened", up_to_two)
+    rows = bench_bundle(bundle, ["onnxruntime"], [2, 4], seconds=0.02)["rows"]
+    assert {row["batch"]: row.get("reason") for row in rows} == {2: None, 4: "it takes batches of 1 to 2"}

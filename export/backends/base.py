@@ -6,6 +6,7 @@ is not there (`cannot_run`) is not, and the artefact can still be built and ship
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from lowprec.errors import ArtifactError, ConfigError, MissingDependencyError
 from lowprec.export.onnx_files import load_onnx
-from lowprec.export.tensors import TensorSpec, check_feeds
+from lowprec.export.tensors import TensorSpec, check_feeds, fixed_batch
 
 
 class Session(ABC):
@@ -51,6 +52,23 @@ class Session(ABC):
             UnsupportedError: the backend fails on this batch.
         """
         return self._run(check_feeds(self.inputs, feeds))
+
+    def batches(self, feeds: Mapping[str, NDArray[Any]]) -> tuple[range, ...]:
+        """How many samples it takes at a time, in rising order.
+
+        Args:
+            feeds: samples along axis 0, of which only the shape of one matters.
+
+        Raises:
+            UnsupportedError: it takes samples of another shape.
+        """
+        fixed = fixed_batch(self.inputs)
+        return (range(1, sys.maxsize) if fixed is None else range(fixed, fixed + 1),)
+
+    def batch_near(self, feeds: Mapping[str, NDArray[Any]], count: int) -> int:
+        """The largest batch that it takes up to `count` samples, else the smallest that it takes."""
+        ranges = self.batches(feeds)
+        return max((min(sizes[-1], count) for sizes in ranges if sizes[0] <= count), default=ranges[0][0])
 
     @abstractmethod
     def _run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,23 @@ class EngineSession(Session):
         shape = tuple(None if size < 0 else int(size) for size in self._engine.get_tensor_shape(name))
         return TensorSpec(name, shape, _DTYPES[self._engine.get_tensor_dtype(name).name])
 
+    def batches(self, feeds: Mapping[str, NDArray[Any]]) -> tuple[range, ...]:
+        """How many samples it takes at a time: from the profiles that samples of this shape lie in."""
+        shapes = {name: array.shape[1:] for name, array in feeds.items()}
+        found = []
+        for index in range(self._engine.num_optimization_profiles):
+            limits = {name: self._limits(name, index) for name in shapes}
+            if all(_lies_in(shape, [size[1:] for size in limits[name]]) for name, shape in shapes.items()):
+                low = max(smallest[0] for smallest, _, _ in limits.values())
+                high = min(largest[0] for _, _, largest in limits.values())
+                found += [range(low, high + 1)] if low <= high else []
+        if not found:
+            raise UnsupportedError(f"samples of the shapes {shapes} lie in no profile of the engine")
+        return tuple(sorted(found, key=lambda sizes: (sizes[0], sizes[-1])))
+
+    def _limits(self, name: str, index: int) -> list[tuple[int, ...]]:
+        return [tuple(map(int, shape)) for shape in self._engine.get_tensor_profile_shape(name, index)]
+
     def _run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         cast = {spec.name: narrowed(feeds[spec.name], spec) for spec in self.inputs}
         self._logger.errors.clear()
@@ -101,10 +118,10 @@ class EngineSession(Session):
         fitting = [
             index
             for index in range(engine.num_optimization_profiles)
-            if all(_lies_in(shape, engine.get_tensor_profile_shape(name, index)) for name, shape in shapes.items())
+            if all(_lies_in(shape, self._limits(name, index)) for name, shape in shapes.items())
         ]
         if not fitting:
-            limits = [tuple(engine.get_tensor_profile_shape(name, 0)) for name in shapes]
+            limits = [self._limits(name, 0) for name in shapes]
             raise DataError(
                 f"the shapes {shapes} lie in no profile of the engine; its first goes from min to max {limits}"
             )
