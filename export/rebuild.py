@@ -137,5 +137,5 @@ def _note_run(engine: Artefact, stages: list[Stage]) -> None:
     path = engine.path.with_name(f"{engine.name}.json")
     gpu = gpu_or_none()
     where = f"{gpu.name}, compute capability {gpu.capability}, driver {gpu.driver}" if gpu else "this machine"
-    verdict = ParityReport(tuple(ran)).verdict
-    write_json(path, read_json(path, "the engine's sidecar") | {"verification": f"run on {where}: {verdict}"})
+    found = {"verification": f"run on {where}: {ParityReport(tuple(ran)).verdict}", "arithmetic": ran[0].arithmetic}
+    write_json(path, read_json(path, "the engine's sidecar") | found)

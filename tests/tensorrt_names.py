@@ -22,8 +22,10 @@ CLASSES = {
     "inspector": "EngineInspector",
     "layer": "ILayer",
     "network": "INetworkDefinition",
+    "onnx_refitter": "OnnxParserRefitter",
     "parser": "OnnxParser",
     "profile": "IOptimizationProfile",
+    "refitter": "Refitter",
     "runtime": "Runtime",
 }
 # Tables of the adapter that hold members of an enumeration.

@@ -111,7 +111,8 @@ def test_an_engine_that_runs_is_judged_asked_in_other_ways_and_noted(bundle, mon
     ]
     assert [check.name for check in stages[1].checks] == ["twice", "batch", "rows"]
     assert {stage.verdict for stage in stages} == {"pass"}
-    assert renewed.record("model.rtx.engine.json")["verification"] == "run on this machine: pass"
+    noted = renewed.record("model.rtx.engine.json")
+    assert (noted["verification"], noted["arithmetic"]) == ("run on this machine: pass", session.arithmetic)
     assert asked == {1, 2, 4, 8}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reference_parity import cnn, trained_weights
 
 from lowprec.artifacts import sha256_of
 from lowprec.errors import ArtifactError, DataError, MissingDependencyError, UnsupportedError
@@ -19,7 +20,7 @@ from lowprec.export.backends.cuda import Driver, Gpu
 from lowprec.export.backends.tensorrt import session as sessions
 from lowprec.export.backends.tensorrt.library import RTX, TENSORRT, Library
 from lowprec.export.backends.tensorrt.session import EngineSession
-from lowprec.export.backends.tensorrt.sidecar import check_sidecar
+from lowprec.export.backends.tensorrt.sidecar import check_sidecar, source_of
 from lowprec.export.stages import run_batched
 
 
@@ -192,31 +193,107 @@ def test_the_device_is_named(driver):
     assert driver.gpu() == Gpu("Stand-in 1", "8.6", "13.2")
 
 
-def hollow(log, engine=None):
-    """A library whose runtime logs an error, or hands back nothing."""
-    logger = types.SimpleNamespace(errors=[])
+class Loading:
+    """A library whose runtime logs an error, hands back nothing, or hands back an engine without its weights."""
 
-    class Runtime:
-        def __init__(self, given):
-            given.errors += [log] if log else []
+    label, __version__ = "TensorRT", "0"
+    TensorIOMode = TRT.TensorIOMode
+    LayerInformationFormat = types.SimpleNamespace(JSON="json")
 
-        def deserialize_cuda_engine(self, data):
-            return engine
+    def __init__(self, log=None, engine=None, refits=True, commits=True):
+        library = self
+        self.refitted, self.runtimes = [], []
 
-    library = types.SimpleNamespace(
-        label="TensorRT", load=lambda: types.SimpleNamespace(Runtime=Runtime, __version__="0")
-    )
-    return library, logger
+        class Runtime:
+            engine_host_code_allowed = False
+
+            def __init__(self, logger):
+                library.runtimes.append(self)
+                logger.errors += [log] if log else []
+
+            def deserialize_cuda_engine(self, data):
+                return engine
+
+        class Refitter:
+            def __init__(self, found, logger):
+                assert found is engine
+
+            def refit_cuda_engine(self):
+                return commits
+
+        class OnnxParserRefitter:
+            def __init__(self, refitter, logger):
+                assert isinstance(refitter, Refitter)
+
+            def refit_from_file(self, path):
+                library.refitted += [path] if refits else []
+                return refits
+
+        self.Runtime, self.Refitter, self.OnnxParserRefitter = Runtime, Refitter, OnnxParserRefitter
+
+    def load(self):
+        return self
+
+
+@pytest.fixture
+def load(driver, monkeypatch, tmp_path):
+    """Opens an engine of a stand-in of the library."""
+    monkeypatch.setattr(sessions, "recorder", lambda library: types.SimpleNamespace(errors=[]))
+    monkeypatch.setattr(sessions, "driver", lambda: driver)
+    (tmp_path / "m.engine").write_bytes(b"engine")
+    (tmp_path / "m.onnx").write_bytes(cnn(trained_weights(width=4)).SerializeToString())
+
+    def opening(library, flags=(), trusted=False):
+        source = {"source": "m.onnx", "source_sha256": sha256_of(tmp_path / "m.onnx")}
+        content = {"flags": list(flags), "precision": "fp32", **source}
+        return sessions.open_engine(library, tmp_path / "m.engine", content, trusted)
+
+    return opening
+
+
+class Readable(Engine):
+    def create_engine_inspector(self):
+        return types.SimpleNamespace(get_engine_information=lambda form: "{}")
 
 
 @pytest.mark.parametrize(("log", "engine"), [("Error 35: no driver", object()), (None, None)])
-def test_a_hollow_engine_is_never_taken_for_one(driver, monkeypatch, tmp_path, log, engine):
-    library, logger = hollow(log, engine)
-    monkeypatch.setattr(sessions, "recorder", lambda library: logger)
-    monkeypatch.setattr(sessions, "driver", lambda: driver)
-    (tmp_path / "m.engine").write_bytes(b"engine")
+def test_a_hollow_engine_is_never_taken_for_one(load, log, engine):
     with pytest.raises(ArtifactError, match=r"TensorRT cannot load .*m\.engine: (Error 35|no reason given)"):
-        sessions.open_engine(library, tmp_path / "m.engine", {})
+        load(Loading(log, engine))
+
+
+def test_a_program_for_the_cpu_is_run_only_where_it_was_built(load):
+    library = Loading(engine=Readable())
+    with pytest.raises(MissingDependencyError, match=r"m\.engine is version compatible and so carries a program"):
+        load(library, ["version_compatible"])
+    assert not library.runtimes
+    load(library, ["version_compatible"], trusted=True)
+    load(library, trusted=True)
+    assert [runtime.engine_host_code_allowed for runtime in library.runtimes] == [True, False]
+
+
+def test_an_engine_without_weights_gets_them_from_the_file_that_it_was_built_from(load, tmp_path):
+    library = Loading(engine=Readable())
+    load(library)
+    assert not library.refitted
+    session = load(library, ["stripped"])
+    assert library.refitted == [str(tmp_path / "m.onnx")]
+    assert session.run({"x": np.ones((2, 2))})["y"].tolist() == [[2, 2], [2, 2]]
+    for faults in ({"refits": False}, {"commits": False}):
+        with pytest.raises(ArtifactError, match=r"does not take those of m\.onnx: no reason given"):
+            load(Loading(engine=Readable(), **faults), ["stripped"])
+
+
+@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: path.write_bytes(b"another")])
+def test_weights_that_are_not_those_of_the_build_are_refused(tmp_path, change):
+    engine = written(tmp_path, TENSORRT)
+    content = json.loads((tmp_path / "m.engine.json").read_text())
+    assert source_of(engine, content) == tmp_path / "m.onnx"
+    with pytest.raises(ArtifactError, match="points outside the folder"):
+        source_of(engine, content | {"source": "../m.onnx"})
+    change(tmp_path / "m.onnx")
+    with pytest.raises(ArtifactError, match=r"m\.engine holds no weights; they come from m\.onnx beside it"):
+        source_of(engine, content)
 
 
 # --- sidecars: checked before the library is asked --------------------------------------------------------------------
@@ -225,11 +302,16 @@ def written(tmp_path, library: Library, **changed):
 
     engine = tmp_path / "m.engine"
     engine.write_bytes(b"engine")
+    (tmp_path / "m.onnx").write_bytes(b"source")
     content = {
         "backend": library.backend,
         "version": "1.0",
         "system": f"{platform.system()} {platform.machine()}",
         "sha256": sha256_of(engine),
+        "source": "m.onnx",
+        "source_sha256": sha256_of(tmp_path / "m.onnx"),
+        "precision": "fp16",
+        "flags": [],
         "built_on": {"name": "GPU A", "capability": "8.6", "driver": "13.0"},
     } | ({"compute_capabilities": ["8.0", "8.6", "12.0"]} if library is RTX else {})
     (tmp_path / "m.engine.json").write_text(json.dumps(content | changed))
@@ -265,6 +347,13 @@ def test_an_engine_that_fits_is_loaded(tmp_path, library, changed, gpu):
     ("library", "changed", "gpu", "kind", "words"),
     [
         (RTX, {"version": "1.1"}, A, MissingDependencyError, r"built for TensorRT-RTX version 1\.1, here is 1\.0"),
+        (
+            TENSORRT,
+            {"version": "1.0.1", "flags": ["version_compatible"]},
+            A,
+            MissingDependencyError,
+            r"built for TensorRT version 1\.0\.1 and newer, here is 1\.0;",
+        ),
         (RTX, {"system": "Windows AMD64"}, A, MissingDependencyError, "system Windows AMD64, here is Linux"),
         (
             RTX,
@@ -297,6 +386,30 @@ def test_an_engine_for_something_else_is_one_line(tmp_path, library, changed, gp
     with pytest.raises(kind, match=words) as caught:
         check_sidecar(written(tmp_path, library, **changed), library, gpu)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("version")
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"version": None},
+        {"system": 3},
+        {"flags": None},
+        {"flags": [["tf32"]]},
+        {"compute_capabilities": 8.6},
+        {"compute_capabilities": [8.6]},
+        {"built_on": "GPU A"},
+        {"built_on": {"name": "GPU A"}},
+        {"hardware_compatible": "all"},
+        {"hardware_compatible": ["same"]},
+        {"source": None},
+        {"precision": 16},
+    ],
+)
+def test_a_damaged_sidecar_is_one_line(tmp_path, changed):
+    engine = written(tmp_path, TENSORRT, **changed)
+    with pytest.raises(ArtifactError, match=r"m\.engine\.json is damaged, or of another version of lowprec"):
+        check_sidecar(engine, TENSORRT, A)
 
 
 @pytest.mark.usefixtures("version")

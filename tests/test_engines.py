@@ -17,7 +17,7 @@ from reference_parity import cnn, digits, graph_of, half_typed, trained_weights
 from lowprec.errors import ArtifactError, ConfigError, MissingDependencyError, UnsupportedError
 from lowprec.export.backends import BACKENDS, BuildOptions, EngineBackend
 from lowprec.export.backends.cuda import missing_driver
-from lowprec.export.backends.tensorrt import COMPUTE_LAYERS, TypedLayer, audit, build
+from lowprec.export.backends.tensorrt import COMPUTE_LAYERS, TensorRT, TypedLayer, audit, build, session
 from lowprec.export.backends.tensorrt import RTX as LIBRARY
 from lowprec.export.backends.tensorrt.audit import built_types
 from lowprec.export.emit import emit_onnx
@@ -224,6 +224,19 @@ def test_tensorrt_says_what_it_lacks_here(files, tmp_path):
 def test_engines_go_to_the_library_that_their_name_says():
     for name, takes in (("model.rtx.engine", {"tensorrt-rtx"}), ("model.trt.engine", {"tensorrt"}), ("m.onnx", set())):
         assert {b.name for b in BACKENDS.values() if isinstance(b, EngineBackend) and b.accepts(name)} == takes
+
+
+@needs_rtx
+def test_what_this_process_built_is_trusted(files, tmp_path, monkeypatch):
+    engine, seen = tmp_path / "m.rtx.engine", []
+    (tmp_path / "fp32.onnx").write_bytes((files / "fp32.onnx").read_bytes())
+    content = RTX.build(tmp_path / "fp32.onnx", engine, BuildOptions(compute_capabilities=ONE_GPU))
+    (tmp_path / "m.rtx.engine.json").write_text(json.dumps(content))
+    monkeypatch.setattr(session, "open_engine", lambda *_, trusted: seen.append(trusted))
+    for backend in (RTX, TensorRT(LIBRARY, "of another process")):
+        monkeypatch.setattr(backend, "cannot_run", lambda: None)
+        backend.open(engine)
+    assert seen == [True, False]
 
 
 # --- options: each is built for real where TensorRT-RTX has it -------------------------------------------------------

@@ -29,6 +29,7 @@ class TensorRT(EngineBackend):
 
     def __init__(self, library: Library, summary: str) -> None:
         self.name, self.summary, self.library = library.backend, summary, library
+        self._own: set[str] = set()  # hashes of the engines that this process built
 
     def accepts(self, artefact: Any) -> bool:
         """An engine whose name does not say that it is another library's."""
@@ -52,7 +53,7 @@ class TensorRT(EngineBackend):
         from lowprec.export.backends.tensorrt.session import open_engine
 
         sidecar = check_sidecar(Path(artefact), self.library)
-        return open_engine(self.library, Path(artefact), sidecar)
+        return open_engine(self.library, Path(artefact), sidecar, trusted=sidecar["sha256"] in self._own)
 
     def build(self, onnx_path: Path, engine_path: Path, options: BuildOptions | None = None) -> dict[str, Any]:
         """Compiles an ONNX file; see `EngineBackend.build`."""
@@ -66,7 +67,9 @@ class TensorRT(EngineBackend):
         inputs = specs_of([value for value in model.graph.input if value.name not in weights])
         profiles = options.profiles_of(inputs)
         facts = build_in_a_process(self.library, onnx_path, engine_path, profiles, options)
-        return sidecar_of(self.library, onnx_path, engine_path, profiles, options, facts)
+        sidecar = sidecar_of(self.library, onnx_path, engine_path, profiles, options, facts)
+        self._own.add(sidecar["sha256"])
+        return sidecar
 
     def _check(self, options: BuildOptions) -> None:
         for option in options.chosen:

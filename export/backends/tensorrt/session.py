@@ -9,38 +9,67 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.errors import ArtifactError, DataError, UnsupportedError
+from lowprec.errors import ArtifactError, DataError, MissingDependencyError, UnsupportedError
 from lowprec.export.backends.base import Session, decoded, narrowed
 from lowprec.export.backends.cuda import Driver, driver
 from lowprec.export.backends.tensorrt.audit import built_types
 from lowprec.export.backends.tensorrt.library import Library, recorder
+from lowprec.export.backends.tensorrt.sidecar import source_of
+from lowprec.export.onnx_files import load_onnx
 from lowprec.export.tensors import TensorSpec
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64",
            "INT8": "int8", "UINT8": "uint8", "BOOL": "bool"}  # fmt: skip
 
 
-def open_engine(library: Library, path: Path, sidecar: dict[str, Any]) -> EngineSession:
-    """Deserialises an engine whose sidecar was checked.
+def open_engine(library: Library, path: Path, sidecar: Mapping[str, Any], trusted: bool = False) -> EngineSession:
+    """Deserialises an engine whose sidecar was checked, and puts its weights in where it was built without.
+
+    Args:
+        library: what it was built by.
+        path: the engine.
+        sidecar: its content.
+        trusted: whether this process built it. A version-compatible engine carries a runtime of its version, which is
+            a program for the CPU; one that came from elsewhere is not run.
 
     Raises:
-        ArtifactError: the runtime refuses it.
+        ArtifactError: the runtime refuses it, or the ONNX file that holds its weights is not beside it.
+        MissingDependencyError: it is version compatible, and not trusted.
         UnsupportedError: it is fp16 or bf16 by its sidecar, and was built to write float32.
     """
+    carries_code = "version_compatible" in sidecar["flags"]
+    if carries_code and not trusted:
+        raise MissingDependencyError(
+            f"{path.name} is version compatible and so carries a program for the CPU, which is run by nobody but the "
+            "lowprec engine that built it; run that here"
+        )
     trt, device = library.load(), driver()
     logger = recorder(library)
     logger.errors.clear()
     runtime = trt.Runtime(logger)
+    if carries_code:
+        runtime.engine_host_code_allowed = True
     engine = None if logger.errors else runtime.deserialize_cuda_engine(path.read_bytes())
     # Without a driver, or from foreign bytes, the library may hand back something hollow: the log is what counts.
     if engine is None or logger.errors:
         said = logger.errors[0] if logger.errors else "no reason given"
         raise ArtifactError(f"{library.label} cannot load {path}: {said}")
-    types = built_types(trt, engine, str(sidecar.get("precision")))
+    if "stripped" in sidecar["flags"]:
+        _put_weights_in(trt, engine, source_of(path, sidecar), logger)
+    types = built_types(trt, engine, sidecar["precision"])
     said = ", ".join(f"{count} layers write {kind}" for kind, count in types.items()) if types else "types not readable"
     gpu = device.gpu()
     arithmetic = f"{library.label} {trt.__version__} on {gpu.name}: {said}" + ("; TF32" if sidecar.get("tf32") else "")
-    return EngineSession(trt, engine, device, logger, arithmetic)
+    return EngineSession(trt, engine, device, logger, arithmetic, runtime)
+
+
+def _put_weights_in(trt: Any, engine: Any, source: Path, logger: Any) -> None:
+    load_onnx(source)  # refuses weights outside its folder, which the library would read
+    refitter = trt.Refitter(engine, logger)
+    onnx_refitter = trt.OnnxParserRefitter(refitter, logger)
+    if not onnx_refitter.refit_from_file(str(source)) or not refitter.refit_cuda_engine() or logger.errors:
+        said = (logger.errors or ["no reason given"])[0]
+        raise ArtifactError(f"the engine was built without weights, and does not take those of {source.name}: {said}")
 
 
 class EngineSession(Session):
@@ -52,10 +81,13 @@ class EngineSession(Session):
         device: the CUDA driver.
         logger: keeps the errors that the library reports.
         arithmetic: in words.
+        runtime: what deserialised it, which has to live as long as it does.
     """
 
-    def __init__(self, trt: Any, engine: Any, device: Driver, logger: Any, arithmetic: str) -> None:
-        self._engine, self._device, self._logger = engine, device, logger
+    def __init__(
+        self, trt: Any, engine: Any, device: Driver, logger: Any, arithmetic: str, runtime: Any = None
+    ) -> None:
+        self._engine, self._device, self._logger, self._runtime = engine, device, logger, runtime
         self._context = engine.create_execution_context()
         if self._context is None or logger.errors:
             raise UnsupportedError(f"the engine cannot be run: {(logger.errors or ['no reason given'])[0]}")
