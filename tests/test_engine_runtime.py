@@ -4,9 +4,11 @@ No engine has been run on a GPU by these tests; they hold the adapter's own logi
 """
 
 import ctypes
+import gc
 import json
 import shutil
 import subprocess
+import threading
 import types
 from pathlib import Path
 
@@ -38,6 +40,7 @@ def cuda(tmp_path_factory):
 def driver(cuda):
     made = Driver(str(cuda))
     yield made
+    gc.collect()  # sessions, which give their memory back when they go
     ctypes.CDLL(str(cuda)).stand_in_fail(0)
     assert ctypes.CDLL(str(cuda)).stand_in_live() == 0  # whatever happened, memory was given back
 
@@ -169,6 +172,30 @@ def test_what_goes_wrong_is_one_line_and_gives_memory_back(driver, faults, rows,
     session, _ = opened(driver, **faults)
     with pytest.raises(kind, match=words):
         session.run({"x": np.zeros((rows, 2))})
+
+
+def test_memory_is_kept_from_run_to_run_and_grows(driver, cuda):
+    session, _ = opened(driver)
+    count = ctypes.CDLL(str(cuda)).stand_in_allocations
+    before, seen = count(), []
+    for rows in (4, 4, 1, 9, 5):
+        x = np.full((rows, 2), rows, np.float32)
+        assert np.array_equal(session.run({"x": x})["y"], 2 * x)
+        seen.append(count() - before)
+    assert seen == [2, 2, 2, 4, 4]
+    assert ctypes.CDLL(str(cuda)).stand_in_live() == 2
+    del session
+    gc.collect()
+    assert ctypes.CDLL(str(cuda)).stand_in_live() == 0
+
+
+def test_an_engine_runs_in_another_thread(driver):
+    session, _ = opened(driver)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(session.run({"x": np.ones((2, 2))})["y"]))
+    thread.start()
+    thread.join()
+    assert np.array_equal(found, [[[2, 2], [2, 2]]])
 
 
 def test_errors_of_the_driver_are_its_own_words(driver, cuda):

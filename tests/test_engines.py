@@ -404,12 +404,15 @@ class Cache:
         return self.held + b"timed"
 
 
-def test_a_timing_cache_is_written_once_and_then_pins_the_build(tmp_path):
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_timing_cache_is_written_once_and_then_pins_the_build(tmp_path, empty):
     import types
 
     flags = types.SimpleNamespace(EDITABLE_TIMING_CACHE="editable", ERROR_ON_TIMING_CACHE_MISS="error")
     trt, path = types.SimpleNamespace(BuilderFlag=flags), tmp_path / "cache"
     first, second = Config(), Config()
+    if empty:
+        path.touch()
     build._use_timing_cache(trt, first, path)
     assert first.flags == {"editable"}
     facts = build._store_timing_cache(first, BuildOptions(timing_cache=path))

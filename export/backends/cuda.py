@@ -58,9 +58,13 @@ class Driver:
         self._call("cuDeviceGet", ctypes.byref(self._device), 0, missing=True)
         self._context, stream = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
-        self._call("cuCtxSetCurrent", self._context)
+        self.make_current()
         self._call("cuStreamCreate", ctypes.byref(stream), 1)
         self.stream = int(stream.value or 0)
+
+    def make_current(self) -> None:
+        """Makes the device's context that of the calling thread, which what follows takes."""
+        self._call("cuCtxSetCurrent", self._context)
 
     def gpu(self) -> Gpu:
         """Device 0."""

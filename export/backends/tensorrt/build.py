@@ -171,7 +171,7 @@ def _use_timing_cache(trt: Any, config: Any, path: Path) -> None:
 def _store_timing_cache(config: Any, options: BuildOptions) -> dict[str, Any]:
     if options.timing_cache is None:
         return {}
-    if not options.timing_cache.exists():
+    if not options.timing_cache.exists() or not options.timing_cache.stat().st_size:
         cache = config.get_timing_cache()
         write_bytes(options.timing_cache, bytes(cache.serialize()))
     return {"timing_cache_sha256": sha256_of(options.timing_cache)}

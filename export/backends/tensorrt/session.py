@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.errors import ArtifactError, DataError, MissingDependencyError, UnsupportedError
+from lowprec.errors import ArtifactError, DataError, LowprecError, MissingDependencyError, UnsupportedError
 from lowprec.export.backends.base import Session, decoded, narrowed
 from lowprec.export.backends.cuda import Driver, driver
 from lowprec.export.backends.tensorrt.audit import built_types
@@ -73,7 +75,7 @@ def _put_weights_in(trt: Any, engine: Any, source: Path, logger: Any) -> None:
 
 
 class EngineSession(Session):
-    """A deserialised engine.
+    """A deserialised engine. Memory on the device is kept from run to run, so that timing runs does not time it.
 
     Args:
         trt: the library's module.
@@ -88,6 +90,8 @@ class EngineSession(Session):
         self, trt: Any, engine: Any, device: Driver, logger: Any, arithmetic: str, runtime: Any = None
     ) -> None:
         self._engine, self._device, self._logger, self._runtime = engine, device, logger, runtime
+        self._memory: dict[str, tuple[int, int]] = {}  # address and size by tensor
+        weakref.finalize(self, _give_back, device, self._memory).atexit = False
         self._context = engine.create_execution_context()
         if self._context is None or logger.errors:
             raise UnsupportedError(f"the engine cannot be run: {(logger.errors or ['no reason given'])[0]}")
@@ -125,23 +129,17 @@ class EngineSession(Session):
     def _run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         cast = {spec.name: narrowed(feeds[spec.name], spec) for spec in self.inputs}
         self._logger.errors.clear()
+        self._device.make_current()
         self._choose_profile({name: array.shape for name, array in cast.items()})
-        addresses: list[int] = []
-        try:
-            for name, array in cast.items():
-                self._bind(name, array.nbytes, addresses)
-                self._device.to_device(addresses[-1], array)
-            found = {spec.name: np.empty(self._shape(spec.name), np.dtype(spec.dtype)) for spec in self.outputs}
-            for name, array in found.items():
-                self._bind(name, array.nbytes, addresses)
-            if not self._context.execute_async_v3(self._device.stream) or self._logger.errors:
-                raise UnsupportedError(f"the engine failed: {(self._logger.errors or ['no reason given'])[0]}")
-            for array, address in zip(found.values(), addresses[len(cast) :], strict=True):
-                self._device.to_host(array, address)
-            self._device.synchronize()
-        finally:
-            for address in addresses:
-                self._device.free(address)
+        for name, array in cast.items():
+            self._device.to_device(self._bound(name, array.nbytes), array)
+        found = {spec.name: np.empty(self._shape(spec.name), np.dtype(spec.dtype)) for spec in self.outputs}
+        addresses = {name: self._bound(name, array.nbytes) for name, array in found.items()}
+        if not self._context.execute_async_v3(self._device.stream) or self._logger.errors:
+            raise UnsupportedError(f"the engine failed: {(self._logger.errors or ['no reason given'])[0]}")
+        for name, array in found.items():
+            self._device.to_host(array, addresses[name])
+        self._device.synchronize()
         return {spec.name: decoded(found[spec.name], spec) for spec in self.outputs}
 
     def _choose_profile(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -171,10 +169,23 @@ class EngineSession(Session):
             raise UnsupportedError(f"the shape of the output {name!r} depends on values; it is {shape} before the run")
         return shape
 
-    def _bind(self, name: str, count: int, addresses: list[int]) -> None:
-        addresses.append(self._device.allocate(count))
-        if not self._context.set_tensor_address(name, addresses[-1]):
+    def _bound(self, name: str, count: int) -> int:
+        """The address of a tensor's memory, so many bytes at least, which the engine is told."""
+        if name not in self._memory or self._memory[name][1] < count:
+            if name in self._memory:
+                self._device.free(self._memory.pop(name)[0])
+            self._memory[name] = self._device.allocate(count), count
+        address = self._memory[name][0]
+        if not self._context.set_tensor_address(name, address):
             raise UnsupportedError(f"the engine refuses the memory of {name!r}")
+        return address
+
+
+def _give_back(device: Driver, memory: dict[str, tuple[int, int]]) -> None:
+    with contextlib.suppress(LowprecError):  # a device that failed has given everything back already
+        device.make_current()
+        for address, _ in memory.values():
+            device.free(address)
 
 
 def _lies_in(shape: Sequence[int], profile: Sequence[Sequence[int]]) -> bool:
