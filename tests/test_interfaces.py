@@ -159,3 +159,10 @@ def test_the_help_names_every_precision_and_target(tiny, command):
     text = " ".join(command("export", "--help", cwd=tiny).stdout.split())
     assert ", ".join(ONNX_BY_PRECISION) in text
     assert ", ".join(TARGETS) in text
+
+
+def test_an_option_may_be_repeated(tiny, command):
+    words = ("--precision", "fp16", "--precision", "mixed", "bf16")
+    assert command("export", "tiny_net:trained", "-o", "repeated", *words, cwd=tiny).status == 0
+    held = {path.name for path in (tiny / "repeated").iterdir()}
+    assert {"model.fp16.onnx", "model.mixed.onnx", "model.bf16.onnx"} <= held

@@ -19,13 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         nargs="+",
-        default=["fp16"],
+        action="extend",
         metavar="P",
         help="fp32, fp16, bf16, mixed, int8 (default: fp16; fp32 is always written)",
     )
     parser.add_argument(
         "--keep",
         nargs="+",
+        action="extend",
         metavar="WHAT",
         help="nodes that stay float32: op:Softmax, module:head.*, node:NAME, or a keep-list.json "
         "(default: none; in mixed and int8 what half precision hurts most)",
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="inputs and outputs that are half where the artefact is; without names all of them (default: none)",
     )
     parser.add_argument(
-        "--target", nargs="+", default=["onnx"], metavar="T", help="onnx, tensorrt-rtx, tensorrt (default: onnx)"
+        "--target", nargs="+", action="extend", metavar="T", help="onnx, tensorrt-rtx, tensorrt (default: onnx)"
     )
     parser.add_argument(
         "--calibration",
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dynamic",
         nargs="+",
+        action="extend",
         metavar="INPUT:AXES",
         help="free axes of a module's inputs, as image:0=batch,2=height,3=2*height (default: a free batch on axis 0)",
     )
@@ -69,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
             source.model,
             source.inputs_for(samples),
             args.output,
-            precision=args.precision,
-            targets=args.target,
+            precision=args.precision or ["fp16"],
+            targets=args.target or ["onnx"],
             calibration=samples,
             dynamic_shapes=free_axes(args.dynamic),
             opset=args.opset,
