@@ -214,8 +214,20 @@ def test_what_reads_an_overflowing_constant_through_a_movement_is_kept_too():
         assert {row.reason for row in report.refused} == {"its constant 'k' overflows fp16"}
         x = np.array([[1.0, 0.5, 1e-5, 0.0]], np.float32)  # half would make the last 0 * inf, no number
         assert abs(run(mixed, x=x)[0] - run(model, x=x)[0]).max() <= 2 * 2.0**-11  # one rounding of h and y each
-        with pytest.raises(UnsupportedError, match="constant 'k' does not fit in fp16"):
+        with pytest.raises(UnsupportedError, match=r"\(Mul\) cannot be narrow: its constant 'k' overflows fp16; keep"):
             narrowed(model, "fp16", keep=keep_list(["op:Reshape"]))
+        narrowed(model, "fp16", keep=keep_list(["op:Mul"]))
+
+
+def test_an_overflowing_constant_moved_for_a_wide_and_a_narrow_reader_is_not_cast_to_infinity():
+    nodes = [("Reshape", ["k", "shape"], ["m"]), ("Mul", ["x", "m"], ["h"]), ("Add", ["h", "m"], ["y"])]
+    model = small(nodes, [("k", [1.0, 2.0, -1e5, 7e4])])
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 4]), "shape"))
+    with pytest.raises(UnsupportedError, match=r"\(Add\) cannot be narrow: its constant 'k' overflows fp16; keep"):
+        narrowed(model, "fp16", keep=keep_list(["op:Mul"]))
+    wide = narrowed(model, "fp16", keep=keep_list(["op:Mul", "op:Add"]))
+    x = np.array([[1.0, 0.5, 1e-5, 1e-5]], np.float32)
+    assert abs(run(wide, x=x)[0] - run(model, x=x)[0]).max() <= 1e5 * 2.0**-10  # the input's one rounding
 
 
 @pytest.mark.parametrize("value", [{"value_float": 0.1}, {"value_floats": [0.1, 0.2, 0.3, 0.4]}])

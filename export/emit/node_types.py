@@ -60,6 +60,7 @@ def type_nodes(
     keep: Keep | None,
     narrow_edges: Collection[str] = (),
     overflowing: Mapping[str, str] | None = None,
+    keep_overflowing: bool = False,
 ) -> Typing:
     """Types every node of a graph.
 
@@ -70,10 +71,12 @@ def type_nodes(
         keep: nodes that stay wide. Those that only move values lose nothing in either type, so their neighbours decide
             first.
         narrow_edges: inputs and outputs of the graph that are narrow.
-        overflowing: why what reads a constant must stay wide, by the constant's name; also what reads it moved.
+        overflowing: what is to be said of those who read a constant that overflows, by the constant's name.
+        keep_overflowing: those nodes stay wide, also where they read it moved.
 
     Raises:
-        UnsupportedError: a node holds a graph of its own (If, Loop, Scan).
+        UnsupportedError: a node holds a graph of its own (If, Loop, Scan), or would take such a constant as narrow
+            after it was moved.
     """
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     reasons: dict[int, str | None] = {}
@@ -85,6 +88,8 @@ def type_nodes(
         found = next((overflows[name] for name in node.input if name in overflows), None)
         if found and node.op_type in MOVEMENTS:
             overflows.update(dict.fromkeys(node.output, found))
+        if not keep_overflowing and node.op_type not in MOVEMENTS:
+            found = None
         forced = found or _reason(node, _schema(node, opsets), narrow) or _unknown_input(node, is_float)
         reasons[position] = forced if node.op_type in MOVEMENTS else kept[position] or forced
     neighbours = _Neighbours(model, is_float, reasons, narrow_edges)
@@ -103,6 +108,7 @@ def type_nodes(
         narrow_values.update(
             (name, value) for name, value in zip(node.output, outputs, strict=True) if value is not None
         )
+        _refuse_moved_overflow(node, inputs, {name: why for name, why in overflows.items() if name in narrow_values})
         typing.inputs.append(inputs)
         typing.outputs.append(outputs)
         if reason is not None and any(value is not None for value in (*inputs, *outputs)):
@@ -169,6 +175,16 @@ def _refuse_inner_graphs(node: onnx.NodeProto) -> None:
             f"node '{node.name}' ({node.op_type}) holds a graph of its own, which is not rounded to a narrower type; "
             f"export the network without control flow"
         )
+
+
+def _refuse_moved_overflow(node: onnx.NodeProto, inputs: Sequence[bool | None], moved: Mapping[str, str]) -> None:
+    """A constant itself is refused where it is rounded; one that was moved first would be cast to infinity there."""
+    for name, narrow in zip(node.input, inputs, strict=True):
+        if narrow and name in moved:
+            raise UnsupportedError(
+                f"node '{node.name}' ({node.op_type}) cannot be narrow: {moved[name]}; keep that node wide, or ask "
+                "for mixed, which does"
+            )
 
 
 def _follows(node: onnx.NodeProto, is_float: Mapping[str, bool]) -> bool:

@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from lowprec.errors import ConfigError, UnsupportedError
-from lowprec.export.emit.node_types import ELEMENT_TYPES, SCHEMA_TYPES, Keep, type_nodes
+from lowprec.export.emit.node_types import ELEMENT_TYPES, MOVEMENTS, SCHEMA_TYPES, Keep, type_nodes
 from lowprec.export.emit.opset import in_opset, opset_of
 from lowprec.export.emit.retype import Rewriter
 from lowprec.export.emit.rounding import tensor_loss
@@ -65,8 +65,10 @@ def convert_precision(
     source = _prepared(model, fmt)
     is_float = _float_values(source)
     _check_edges(source, is_float, narrow_edges)
-    overflowing = _overflowing(source, is_float, fmt) if keep_overflowing else {}
-    typing = type_nodes(source, is_float, SCHEMA_TYPES[fmt.name], keep, narrow_edges, overflowing)
+    overflowing = _overflowing(source, is_float, fmt, all_of_them=keep_overflowing)
+    typing = type_nodes(
+        source, is_float, SCHEMA_TYPES[fmt.name], keep, narrow_edges, overflowing, keep_overflowing=keep_overflowing
+    )
     rewriter = Rewriter(source, fmt, is_float, typing, narrow_edges, file)
     result = rewriter.run()
     check_model(result)
@@ -97,9 +99,13 @@ def _check_edges(model: onnx.ModelProto, is_float: dict[str, bool], names: Colle
         )
 
 
-def _overflowing(model: onnx.ModelProto, is_float: dict[str, bool], fmt: FloatFormat) -> dict[str, str]:
-    """By the name of each constant that overflows, what is to be said of the nodes that read it."""
-    floats = [tensor for tensor in model.graph.initializer if is_float.get(tensor.name)]
+def _overflowing(
+    model: onnx.ModelProto, is_float: dict[str, bool], fmt: FloatFormat, all_of_them: bool
+) -> dict[str, str]:
+    """By the name of each constant that overflows, or of those that are moved, what is to be said of its readers."""
+    moved = {name for node in model.graph.node if node.op_type in MOVEMENTS for name in node.input}
+    tensors = [tensor for tensor in model.graph.initializer if is_float.get(tensor.name)]
+    floats = [tensor for tensor in tensors if all_of_them or tensor.name in moved]
     return {t.name: f"its constant '{t.name}' overflows {fmt.name}" for t in floats if tensor_loss(t, fmt).overflow}
 
 

@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
         metavar="DATA",
-        help="digits, a folder of images, or an .npz (default: the run's own data; for an .onnx file random inputs)",
+        help="digits, a folder of images, or an .npz (default: the run's own data; for an .onnx file random inputs, "
+        "of which int8 is not made)",
     )
     parser.add_argument(
         "--dynamic",
