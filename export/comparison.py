@@ -16,6 +16,7 @@ from lowprec.artifacts import member_path, read_json, sha256_of
 from lowprec.data import Samples, load_data
 from lowprec.errors import ArtifactError, UnsupportedError
 from lowprec.export.backends import BACKENDS
+from lowprec.export.feeds import choose_samples
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.golden import Golden
 from lowprec.export.onnx_files import load_onnx
@@ -23,7 +24,7 @@ from lowprec.export.parity import Limits, ParityReport
 from lowprec.export.parity.storage import Storage, format_of_precision
 from lowprec.export.stages import Artefact, judged, run_batched, run_stages
 from lowprec.export.storage import storage_of
-from lowprec.export.truth import choose_samples, golden_from_onnx, golden_from_trace
+from lowprec.export.truth import golden_from_onnx, golden_from_trace
 from lowprec.formats import FORMATS, FP32
 
 if TYPE_CHECKING:

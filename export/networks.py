@@ -6,40 +6,20 @@ needs no torch, so that an ONNX file takes it where torch is absent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from lowprec.calibration.record import Calibration
-from lowprec.data import Samples
 from lowprec.errors import ConfigError
+from lowprec.export.feeds import Arrays, Feeds
 from lowprec.export.golden import Golden
 from lowprec.export.parity import Limits, Stage
-from lowprec.export.truth import Arrays, choose_samples, collect_batches
 from lowprec.report import ChangeReport
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-@dataclass(frozen=True, eq=False)
-class Feeds:
-    """Samples for a network, and where they are from.
-
-    Args:
-        inputs: by input name, samples along axis 0.
-        labels: class per sample, or None.
-        source: in words, for the manifest.
-    """
-
-    inputs: Arrays
-    labels: NDArray[np.int64] | None
-    source: str
 
 
 class Network(Protocol):
@@ -110,10 +90,3 @@ def network_of(
     from lowprec.export.torch_network import TorchNetwork
 
     return TorchNetwork(model, example_inputs, dynamic_shapes, opset)
-
-
-def feeds_from(data: Samples | Iterable[Any], names: list[str]) -> Feeds:
-    """The samples that a caller gave."""
-    if isinstance(data, Samples):
-        return Feeds(*choose_samples(data, names), data.source)
-    return Feeds(*collect_batches(data, names), "batches given by the caller")

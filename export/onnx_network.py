@@ -13,15 +13,14 @@ from lowprec.errors import UnsupportedError
 from lowprec.export.backends.arithmetic import half_types
 from lowprec.export.emit.opset import in_opset
 from lowprec.export.external_data import external_path, move_weights
+from lowprec.export.feeds import Arrays, Feeds, collect_batches
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.folding.from_onnx.feeds import random_samples
 from lowprec.export.folding.from_onnx.fold import fold_onnx
 from lowprec.export.golden import Golden
-from lowprec.export.networks import Feeds
 from lowprec.export.onnx_files import load_onnx
 from lowprec.export.onnx_ranges import graph_ranges
 from lowprec.export.parity import Limits, Stage
-from lowprec.export.truth import Arrays, collect_batches
 from lowprec.export.weight_file import PARTIAL
 from lowprec.report import ChangeReport
 

@@ -14,11 +14,11 @@ import onnx
 from numpy.typing import NDArray
 
 from lowprec.calibration.record import Calibration, range_summary
+from lowprec.export.feeds import Arrays
 from lowprec.export.float64 import Float64Graph, Kind
 from lowprec.export.folding.algebra import blocks_of
 from lowprec.export.folding.from_onnx.edits import names_read
 from lowprec.export.tensors import fixed_batch
-from lowprec.export.truth import Arrays
 from lowprec.formats import FP16
 
 _BATCH = 64

@@ -28,9 +28,10 @@ from lowprec.export.emit.narrowing import Narrowing
 from lowprec.export.emit.quantise import check_quantiser
 from lowprec.export.engines import ENGINE_TARGETS, build_engine, check_targets
 from lowprec.export.external_data import write_model
+from lowprec.export.feeds import Feeds, feeds_from
 from lowprec.export.float64 import Float64Graph
 from lowprec.export.folding.accuracy import MAX_FLOAT64_ERROR
-from lowprec.export.networks import Feeds, Network, feeds_from, network_of
+from lowprec.export.networks import Network, network_of
 from lowprec.export.page import Part, render_page
 from lowprec.export.parity import Check, Limits, ParityReport, Stage
 from lowprec.export.parity.storage import Storage

@@ -16,12 +16,12 @@ from lowprec.export.backends import BACKENDS
 from lowprec.export.emit import emit_onnx
 from lowprec.export.emit.opset import DEFAULT_OPSET
 from lowprec.export.external_data import external_path
+from lowprec.export.feeds import Arrays, Feeds, collect_batches
 from lowprec.export.folding import FoldedModule, fold_traced, trace
 from lowprec.export.golden import Golden
-from lowprec.export.networks import Feeds
 from lowprec.export.parity import Limits, Stage
 from lowprec.export.stages import judged, run_batched
-from lowprec.export.truth import Arrays, collect_batches, run_traced
+from lowprec.export.truth import run_traced
 from lowprec.export.weight_file import LARGE
 from lowprec.report import ChangeReport
 

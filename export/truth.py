@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from lowprec.data import Samples, load_data
 from lowprec.errors import DataError
+from lowprec.export.feeds import Arrays, choose_samples
 from lowprec.export.float64 import Float64Graph, Kind
-from lowprec.export.golden import MAX_SAMPLES, Golden
+from lowprec.export.golden import Golden
 from lowprec.export.onnx_files import load_onnx
 from lowprec.export.parity import noise_floor
 from lowprec.export.parity.floor import DRAWS
@@ -23,9 +24,7 @@ from lowprec.export.tensors import check_feeds, fixed_batch
 if TYPE_CHECKING:
     from lowprec.export.folding import Traced
 
-Arrays = dict[str, NDArray[Any]]
 _BATCH = 64
-_SEED = 0
 
 MIN_SAMPLES = 16
 MAX_WORK = 10**12
@@ -137,34 +136,3 @@ def _affordable(
     affordable = size * MAX_WORK // max(1, work * storages * (DRAWS + 1))
     count = -(-max(MIN_SAMPLES, affordable) // size) * size
     return {name: array[:count] for name, array in feeds.items()}, None if labels is None else labels[:count]
-
-
-def choose_samples(samples: Samples, names: Sequence[str]) -> tuple[Arrays, NDArray[np.int64] | None]:
-    """At most `MAX_SAMPLES` of the samples, drawn once with a fixed seed and kept in their order."""
-    total = len(samples)
-    chosen = np.sort(np.random.default_rng(_SEED).permutation(total)[:MAX_SAMPLES])
-    feeds = {name: value[chosen] for name, value in samples.feeds(list(names), 0, total).items()}
-    return feeds, None if samples.labels is None else samples.labels[chosen]
-
-
-def collect_batches(batches: Iterable[Any], names: Sequence[str]) -> tuple[Arrays, NDArray[np.int64] | None]:
-    """The first `MAX_SAMPLES` samples of an iterable of batches: tensors, tuples of inputs, or (inputs, labels)."""
-    columns: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
-    labels: list[NDArray[Any]] = []
-    count = 0
-    for batch in batches:
-        parts = list(batch) if isinstance(batch, tuple | list) else [batch]
-        arrays = [np.asarray(part) for part in parts]
-        if len(arrays) == len(names) + 1 and arrays[-1].ndim == 1 and arrays[-1].dtype.kind in "iu":
-            labels.append(arrays.pop())
-        if len(arrays) != len(names):
-            raise DataError(f"a batch holds {len(arrays)} arrays; the model takes {len(names)}: {', '.join(names)}")
-        for name, array in zip(names, arrays, strict=True):
-            columns[name].append(array)
-        count += len(arrays[0])
-        if count >= MAX_SAMPLES:
-            break
-    if not count:
-        raise DataError("the calibration data is empty; give at least one batch")
-    feeds = {name: np.concatenate(parts)[:MAX_SAMPLES] for name, parts in columns.items()}
-    return feeds, np.concatenate(labels)[:MAX_SAMPLES].astype(np.int64) if labels else None
