@@ -142,7 +142,7 @@ def test_every_mode_learns_the_digits(mode: str) -> None:
     assert result.finished
     assert (result.steps, result.landed, result.skipped) == (90, 90, 0)
     assert seen == [(step, 90) for step in range(1, 91)]
-    assert result.final_scale == (1.0 if mode == "fp32" else 2.0**16)
+    assert result.final_scale == (2.0**16 if MODES[mode].scaled else 1.0)
     assert not result.model.training
 
 
@@ -256,8 +256,8 @@ def test_a_run_folder_holds_what_evaluation_used(tmp_path: Path) -> None:
     assert row["train_loss"] == result.losses[0]
     assert parse_config((run / "config.toml").read_text()) == config("run.checkpoint_every_steps=4", "run.keep=2")
     checkpoint = load_file(run / "checkpoints" / "step-00000012" / "state.safetensors")
-    assert checkpoint["master.stem.weight"].dtype == torch.float32
-    assert torch.equal(checkpoint["master.stem.weight"].half(), stored["stem.weight"])
+    assert checkpoint["masters.stem.weight"].dtype == torch.float32
+    assert torch.equal(checkpoint["masters.stem.weight"].half(), stored["stem.weight"])
 
 
 def test_identical_runs_write_identical_bytes_and_another_seed_does_not(tmp_path: Path) -> None:

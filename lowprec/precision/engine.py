@@ -8,7 +8,7 @@ state and running statistics move together, when every gradient is finite, or no
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lowprec.errors import ConfigError, ScaleFloorError, UnsupportedError
+from lowprec.precision.health import Health, HealthProbe
 from lowprec.precision.hooks import HalfHooks, device_of, has_half_hooks
-from lowprec.precision.masters import master_of, weights_from_masters
 from lowprec.precision.modes import Mode, mode_named
-from lowprec.precision.narrow import narrow_
 from lowprec.precision.overflow import OverflowWatch
 from lowprec.precision.scale import LossScale, ScalePolicy, is_power_of_two
+from lowprec.precision.updates import KEPT, UPDATES, Update
 from lowprec.statistics import HeldStatistics
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -31,11 +31,13 @@ OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 class _Bound:
     """What `prepare` ties together."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, probe: HealthProbe) -> None:
         self.model = model
         self.optimizer = optimizer
         self.hooks: HalfHooks | None = None
-        self.with_master: dict[str, nn.Parameter] = {}
+        self.update: Update | None = None
+        self.probe = probe
+        self.unscaled: bool | None = None  # whether the gradients that were unscaled already are finite
         self.held = HeldStatistics(model)
         self.watch = OverflowWatch(model)
 
@@ -54,10 +56,10 @@ class Precision:
         mode: a name in `MODES`. In `fp32` the same calls do what plain torch does: no scale, and a non-finite
             gradient is not hidden, it reaches the weights.
         init_scale: see `ScalePolicy`, as for the arguments that follow. All scales are powers of two.
+        health_every: of so many steps one is measured for `health`; 0 for none.
 
     Raises:
         ConfigError: an unknown mode, or values that contradict each other.
-        UnsupportedError: a reserved mode that this version does not have.
     """
 
     def __init__(
@@ -70,13 +72,17 @@ class Precision:
         min_scale: float = 2.0**-2,
         max_scale: float = 2.0**24,
         hysteresis: int = 1,
+        health_every: int = 200,
     ) -> None:
+        if isinstance(health_every, bool) or not isinstance(health_every, int) or health_every < 0:
+            raise ConfigError(f"health_every is {health_every}; give a whole number of steps, or 0 for never")
+        self._health_every = health_every
+        self._steps = 0
         self._mode: Mode = mode_named(mode)
         self._scale = LossScale.start(
             ScalePolicy(init_scale, growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis)
         )
         self._last_overflow: str | None = None
-        self._last_landed = True
         self._bound: _Bound | None = None
 
     @property
@@ -94,25 +100,31 @@ class Precision:
         """Where the last overflow began, in a phrase that names the layer; None if there was none."""
         return self._last_overflow
 
+    @property
+    def health(self) -> Health | None:
+        """The last step that was measured, or None before the first."""
+        return None if self._bound is None else self._bound.probe.last
+
     def prepare(self, model: ModelT, optimizer: OptimizerT) -> tuple[ModelT, OptimizerT]:
         """Puts `model` and `optimizer` into this mode, in place, and returns the same two objects.
 
         In a mode with half weights all floating parameters and buffers become half, except those of norm layers and
-        of each module's `wide_parameters`, and the optimizer's groups hold float32 masters in their place with order,
-        hyper-parameters and state kept. The model then narrows its floating inputs and widens its outputs by itself.
-        Values loaded into the model later reach the masters through `load_state_dict` only.
+        of each module's `wide_parameters`. In `fp16-master` the optimizer's groups hold float32 masters in their place
+        with order, hyper-parameters and state kept; in the other half modes the parameters themselves, which are
+        float32 while the optimizer steps. The model then narrows its floating inputs and widens its outputs by itself.
+        Values loaded into the model later reach masters and Kahan terms through `load_state_dict` only.
 
         Raises:
             UnsupportedError: the model is prepared already, the optimizer is not this model's or needs a closure, or a
                 parameter does not fit in half; nothing was changed.
         """
         self._check(model, optimizer)
-        bound = _Bound(model, optimizer)
+        half: torch.dtype = getattr(torch, self._mode.half or "float16")
+        bound = _Bound(model, optimizer, HealthProbe(model, half, self._health_every))
         if self._mode.half is not None:
-            half: torch.dtype = getattr(torch, self._mode.half)
-            if self._mode.narrow_weights:
-                bound.with_master = narrow_(model, optimizer, half)
-            bound.hooks = HalfHooks(half, autocast=not self._mode.narrow_weights)
+            if self._mode.update is not None:
+                bound.update = UPDATES[self._mode.update](model, optimizer, half)
+            bound.hooks = HalfHooks(half, autocast=bound.update is None)
             bound.hooks.install(model)
         self._bound = bound
         return model, optimizer
@@ -130,7 +142,8 @@ class Precision:
             if bound.hooks is not None:
                 stack.enter_context(bound.hooks.arithmetic(device_of(bound.model)))
             if self._mode.scaled:
-                stack.enter_context(bound.watch.forward(armed=not self._last_landed or self._scale.exhausted))
+                stack.enter_context(bound.watch.forward())
+            stack.enter_context(bound.probe.forward(self._steps, self.scale))
             try:
                 yield
             except BaseException:
@@ -156,6 +169,7 @@ class Precision:
         # moving statistics a second time.
         with ExitStack() as stack:
             stack.enter_context(bound.held.recomputation())
+            stack.enter_context(bound.probe.backward())
             if bound.hooks is None:
                 torch.autograd.backward(loss)
                 return
@@ -167,7 +181,22 @@ class Precision:
                 (scaled,), (torch.ones_like(scaled),), False, False, (), allow_unreachable=True, accumulate_grad=True
             )
 
-    def step(self, loss: Tensor | None = None, clip_norm: float | None = None) -> bool | Tensor:
+    def unscale(self) -> None:
+        """Divides the gradients by the scale now, once, for callers that look at them or change them before `step`.
+
+        Afterwards they are float32, unscaled, and found at the parameters that the optimizer holds.
+
+        Raises:
+            UnsupportedError: there is no gradient, or one that did not come from `precision.backward`.
+        """
+        bound = self._prepared()
+        params = self._parameters_with_gradient(bound)
+        if bound.unscaled is None:
+            bound.unscaled = not self._mode.scaled or self._unscale(params)
+
+    def step(
+        self, loss: Tensor | None = None, clip_norm: float | None = None, clip_value: float | None = None
+    ) -> bool | Tensor:
         """One optimizer step: backward, unscale, check, clip, update, scale update; then all gradients are None.
 
         Gradients are multiplied by the exact 1/scale in float32. If any is not finite the step is skipped: weights,
@@ -177,6 +206,7 @@ class Precision:
         Args:
             loss: what to differentiate; None after `backward` calls.
             clip_norm: the gradients are scaled down to at most this total 2-norm, after unscaling.
+            clip_value: each gradient is cut to [-clip_value, clip_value], after unscaling and before `clip_norm`.
 
         Returns:
             Whether the step landed: a bool on a CPU, a 0-d bool tensor on other devices. Always true in `fp32`.
@@ -186,61 +216,72 @@ class Precision:
             UnsupportedError: there is no gradient, or one that did not come from `precision.backward`.
         """
         bound = self._prepared()
-        if clip_norm is not None and not clip_norm > 0:
-            raise ConfigError(f"clip_norm is {clip_norm}; give a positive number, or None for no clipping")
+        for name, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} is {value}; give a positive number, or None for no clipping")
         if loss is not None:
             self.backward(loss)
-        params = self._parameters_with_gradient(bound)
-        landed = not self._mode.scaled or self._unscale(params)
+        self.unscale()
+        landed = bool(bound.unscaled)
         if landed:
-            if clip_norm is not None:
-                nn.utils.clip_grad_norm_(params, clip_norm)
-            bound.optimizer.step()
-            weights_from_masters(bound.with_master.values())
+            self._land(bound, clip_norm, clip_value)
         else:
-            self._last_overflow = bound.watch.explain(self.scale)
+            with bound.held.recomputation():
+                self._last_overflow = bound.watch.explain(self.scale)
         bound.held.commit(landed)
+        bound.probe.finish()
+        self._steps += 1
         self._drop_gradients(bound)
-        self._last_landed = landed
         self._update_scale(landed)
         device = device_of(bound.model)
         return landed if device.type == "cpu" else torch.tensor(landed, device=device)
 
+    def wide_weights(self) -> dict[str, Tensor]:
+        """Every parameter by name as the optimizer knows it: float32 masters, weight plus Kahan term, else itself."""
+        bound = self._prepared()
+        known = bound.update.params if bound.update else {}
+        return {
+            name: bound.update.wide(name) if bound.update and name in known else param.detach()
+            for name, param in bound.model.named_parameters()
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        """Scale, its counters and the float32 masters by parameter name: what weights and optimizer do not hold."""
+        """Scale, its counters and what the half weights do not hold (masters, Kahan terms) by parameter name."""
         bound = self._prepared()
         return {
             "mode": self.mode,
+            "steps": self._steps,
             "scale": self.scale,
             "landed_in_a_row": self._scale.landed_in_a_row,
             "overflows_left": self._scale.overflows_left,
-            "last_landed": self._last_landed,
-            "masters": {name: master_of(param).detach() for name, param in bound.with_master.items()},
+            **{kind: {} for kind in KEPT},
+            **(bound.update.state() if bound.update else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict()`; half weights become the rounding of the masters.
+        """Restores `state_dict()`, after the model's own state; half weights become the rounding of the masters.
 
         Raises:
             ConfigError: the state is of another mode, model or scale policy; nothing was changed.
         """
         bound = self._prepared()
-        masters = state.get("masters", {})
         if state.get("mode") != self.mode:
             raise ConfigError(f"the precision state is of mode {state.get('mode')!r}, this is {self.mode!r}")
-        if set(masters) != set(bound.with_master):
-            name = min(set(masters) ^ set(bound.with_master))
-            raise ConfigError(f"the precision state is of another model: {name!r} has a master in one of the two only")
-        for name, param in bound.with_master.items():
-            if masters[name].shape != param.shape:
-                found, wanted = tuple(masters[name].shape), tuple(param.shape)
-                raise ConfigError(f"the precision state is of another model: {name!r} is {found} there, {wanted} here")
+        for kind, held in (bound.update.state() if bound.update else {}).items():
+            stored = state.get(kind, {})
+            if set(stored) != set(held):
+                name = min(set(stored) ^ set(held))
+                raise ConfigError(f"the precision state is of another model: {name!r} is in one of the two only")
+            for name, tensor in held.items():
+                found, wanted = tuple(stored[name].shape), tuple(tensor.shape)
+                if found != wanted:
+                    raise ConfigError(
+                        f"the precision state is of another model: {name!r} is {found} there, {wanted} here"
+                    )
         self._load_scale(state)
-        self._last_landed = bool(state["last_landed"])
-        with torch.no_grad():
-            for name, param in bound.with_master.items():
-                master_of(param).copy_(masters[name])
-        weights_from_masters(bound.with_master.values())
+        self._steps = int(state["steps"])
+        if bound.update is not None:
+            bound.update.load(state)
 
     def _load_scale(self, state: dict[str, Any]) -> None:
         if not self._mode.scaled:
@@ -266,16 +307,20 @@ class Precision:
             raise UnsupportedError("nothing is prepared; call precision.prepare(model, optimizer) first")
         return self._bound
 
+    def _land(self, bound: _Bound, clip_norm: float | None, clip_value: float | None) -> None:
+        with bound.update.opened() if bound.update else nullcontext():
+            params = [param for group in bound.optimizer.param_groups for param in group["params"]]
+            if clip_value is not None:
+                nn.utils.clip_grad_value_(params, clip_value)
+            if clip_norm is not None:
+                nn.utils.clip_grad_norm_(params, clip_norm)
+            with bound.probe.update(bound.update.params if bound.update else {}):
+                bound.optimizer.step()
+
     def _parameters_with_gradient(self, bound: _Bound) -> list[Tensor]:
-        for name, param in bound.with_master.items():
-            if param.grad is not None:
-                raise UnsupportedError(
-                    f"{name!r} has a gradient that is not scaled: it came from loss.backward(); "
-                    "use precision.backward(loss) or precision.step(loss)"
-                )
+        if bound.update is not None:
+            bound.update.check(bound.optimizer)
         params: list[Tensor] = [param for group in bound.optimizer.param_groups for param in group["params"]]
-        if self._mode.narrow_weights and any(param.dtype == torch.float16 for param in params):
-            raise UnsupportedError("a half parameter joined the optimizer after prepare; add all parameters before it")
         params = [param for param in params if param.grad is not None]
         if not params:
             raise UnsupportedError("step found no gradient; pass the loss, or call precision.backward(loss) before it")
@@ -292,6 +337,7 @@ class Precision:
         return bool(torch.stack([value.to(largest[0].device) for value in largest]).isfinite().all())
 
     def _drop_gradients(self, bound: _Bound) -> None:
+        bound.unscaled = None
         bound.optimizer.zero_grad(set_to_none=True)
         bound.model.zero_grad(set_to_none=True)
 

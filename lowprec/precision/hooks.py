@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lowprec.precision.arithmetic import HalfArithmetic, cast_floats, tensors_in
-from lowprec.precision.masters import masters_from_weights
+from lowprec.precision.masters import weights_were_loaded
 
 
 class HalfHooks:
@@ -72,8 +72,8 @@ class HalfHooks:
         return cast_floats(output, torch.float32)
 
     def loaded(self, module: nn.Module, incompatible_keys: Any) -> None:
-        """After `load_state_dict`: masters follow the weights that were loaded."""
-        masters_from_weights(module.parameters())
+        """After `load_state_dict`: masters and Kahan terms follow the weights that were loaded."""
+        weights_were_loaded(module.parameters())
 
 
 def device_of(module: nn.Module, inputs: Any = ()) -> torch.device:

@@ -1,9 +1,10 @@
-"""Float32 masters of half parameters.
+"""What belongs to half parameters: float32 masters, Kahan terms.
 
 A half weight at 1.0 ignores every update below 2^-11, so the optimizer works on a float32 copy and the half weight is
-its rounding. The copy is reached from the parameter through a weak table instead of an attribute of the parameter: an
-attribute would travel into `torch.save(model)`, and a table keyed by the living tensor needs no names, survives tied
-weights and disappears with the model. A deep copy of a model has no masters, as it has no optimizer.
+its rounding; or what rounding cut off is kept beside the weight. Either is reached from the parameter through a weak
+table instead of an attribute of the parameter: an attribute would travel into `torch.save(model)`, and a table keyed by
+the living tensor needs no names, survives tied weights and disappears with the model. A deep copy of a model has
+neither, as it has no optimizer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 _masters: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_kahan_terms: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def master_of(param: Tensor) -> Tensor:
@@ -39,13 +41,26 @@ def weights_from_masters(params: Iterable[Tensor]) -> None:
         torch._foreach_copy_([param for param, _ in pairs], [master for _, master in pairs])
 
 
-@torch.no_grad()
-def masters_from_weights(params: Iterable[Tensor]) -> None:
-    """Sets masters to weights that were changed from outside (a `load_state_dict`).
+def kahan_term_of(param: Tensor) -> Tensor:
+    """The Kahan term of `param`, which has one."""
+    term: Tensor = _kahan_terms[param]
+    return term
 
-    A master that still rounds to its weight keeps its finer value.
+
+def make_kahan_term(param: Tensor, term: Tensor) -> None:
+    """Registers `term` as what rounding cut off of `param`."""
+    _kahan_terms[param] = term
+
+
+@torch.no_grad()
+def weights_were_loaded(params: Iterable[Tensor]) -> None:
+    """Makes masters and Kahan terms follow weights that were changed from outside (a `load_state_dict`).
+
+    A master that still rounds to its weight keeps its finer value; a term belongs to the weight it was made with.
     """
     for param in params:
         master = master_of(param)
         if master is not param and not torch.equal(master.to(param.dtype), param):
             master.copy_(param)
+        if param in _kahan_terms:
+            kahan_term_of(param).zero_()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from lowprec.errors import ConfigError, UnsupportedError
+from lowprec.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Mode:
     Args:
         name: as in `Precision(name)`.
         half: the half type by its torch name, or None for float32 throughout.
-        narrow_weights: weights are stored in the half type, the optimizer works on float32 masters; else weights stay
+        update: how half weights take an optimizer's update, a name in `updates.UPDATES`; None where weights stay
             float32 and are narrowed where they are used.
         scaled: the loss is scaled dynamically.
         summary: one sentence.
@@ -26,7 +26,7 @@ class Mode:
 
     name: str
     half: str | None
-    narrow_weights: bool
+    update: str | None
     scaled: bool
     summary: str
 
@@ -34,28 +34,26 @@ class Mode:
 MODES: dict[str, Mode] = {
     mode.name: mode
     for mode in (
-        Mode("fp32", None, False, False, "float32 throughout, no scale; a non-finite gradient reaches the weights"),
-        Mode("fp16-autocast", "float16", False, True, "float32 weights, half operands in products, float32 losses"),
-        Mode("fp16-master", "float16", True, True, "half weights and activations, float32 masters in the optimizer"),
+        Mode("fp32", None, None, False, "float32 throughout, no scale; a non-finite gradient reaches the weights"),
+        Mode("bf16", "bfloat16", None, False, "float32 weights, bfloat16 operands in products, no scale, as fp32 else"),
+        Mode("fp16-autocast", "float16", None, True, "float32 weights, half operands in products, float32 losses"),
+        Mode("fp16-master", "float16", "master", True, "half weights and activations, float32 masters (4 bytes each)"),
+        Mode("fp16-pure", "float16", "nearest", True, "half weights alone; updates below half an ulp are lost"),
+        Mode("fp16-kahan", "float16", "kahan", True, "half weights and a half Kahan term (2 bytes each) keep updates"),
+        Mode("fp16-stochastic", "float16", "stochastic", True, "half weights alone, rounded at random so that the mean"
+             " keeps every update"),
     )
-}
-
-PLANNED = ("bf16", "fp16-pure", "fp16-kahan", "fp16-stochastic")
-"""Names that are reserved for modes that this version does not have."""
+}  # fmt: skip
 
 
 def mode_named(name: str) -> Mode:
     """The mode called `name`.
 
     Raises:
-        UnsupportedError: a reserved name.
         ConfigError: no such mode; the message names the nearest.
     """
     if name in MODES:
         return MODES[name]
-    works = ", ".join(MODES)
-    if name in PLANNED:
-        raise UnsupportedError(f"precision {name!r} is not in this version; the modes that work are {works}")
-    near = difflib.get_close_matches(str(name), [*MODES, *PLANNED], n=1)
+    near = difflib.get_close_matches(str(name), MODES, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"unknown precision {name!r}; {hint}the modes that work are {works}")
+    raise ConfigError(f"unknown precision {name!r}; {hint}the modes are {', '.join(MODES)}")

@@ -1,4 +1,4 @@
-"""Makes a model half and its optimizer work on float32 masters, in place.
+"""Makes a model half and its optimizer work in float32, in place.
 
 In place because scripts hold references: to the model, to its layers, to parameters, to the optimizer and the
 schedulers around it. `Parameter.data` is exchanged, so tied weights stay tied and parametrised weights parametrised;
@@ -7,6 +7,8 @@ refused is refused before the first change.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +20,25 @@ from lowprec.norm import is_norm
 from lowprec.precision.masters import make_master
 
 
-def narrow_(model: nn.Module, optimizer: Optimizer, half: torch.dtype) -> dict[str, nn.Parameter]:
-    """Casts `model` to `half` except what stays wide, and gives the optimizer float32 masters.
+def narrow_(
+    model: nn.Module,
+    optimizer: Optimizer,
+    half: torch.dtype,
+    before: Callable[[dict[str, nn.Parameter]], None] | None = None,
+) -> dict[str, nn.Parameter]:
+    """Casts `model` to `half` except what stays wide.
 
     Wide, in float32 at least: parameters and buffers of norm layers, those a module names in `wide_parameters`, and
     buffers with values that the half type cannot hold (the -1e9 of an attention mask).
 
+    Args:
+        model: cast in place.
+        optimizer: made from its parameters.
+        half: the half type.
+        before: called with what is returned, while the values are still wide and nothing can fail any more.
+
     Returns:
-        the half parameters that have a master, by name; those that are not the model's are called `optimizer.<n>`.
+        the half parameters that the optimizer moves, by name; those that are not the model's are `optimizer.<n>`.
 
     Raises:
         UnsupportedError: a parameter is uninitialised or does not fit in the half type; nothing was changed.
@@ -41,17 +54,18 @@ def narrow_(model: nn.Module, optimizer: Optimizer, half: torch.dtype) -> dict[s
             )
     names = {id(param): name for name, param in model.named_parameters()}
     owned = [param for group in optimizer.param_groups for param in group["params"]]
-    with_master: dict[str, nn.Parameter] = {}
+    moved: dict[str, nn.Parameter] = {}
     for index, param in enumerate(owned):
-        becomes_half = id(param) in names and id(param) not in wide and param.is_floating_point()
+        becomes_half = id(param) in names and param.is_floating_point()
         is_half = param.dtype in (torch.float16, torch.bfloat16)
         if (becomes_half or is_half) and id(param) not in wide:
-            with_master[names.get(id(param), f"optimizer.{index}")] = param
-    _swap_in_masters(optimizer, with_master)
+            moved[names.get(id(param), f"optimizer.{index}")] = param
+    if before is not None:
+        before(moved)
     for param in model.parameters():
         _cast_parameter(param, _target(param, id(param) in wide, half))
     _cast_buffers(model, wide, half)
-    return with_master
+    return moved
 
 
 def wide_tensors(model: nn.Module) -> set[int]:
@@ -94,14 +108,20 @@ def _cast_buffers(model: nn.Module, wide: set[int], half: torch.dtype) -> None:
             module._buffers[name] = done[id(buffer)][1]
 
 
-def _swap_in_masters(optimizer: Optimizer, with_master: dict[str, nn.Parameter]) -> None:
+def swap_in_masters(optimizer: Optimizer, with_master: dict[str, nn.Parameter]) -> None:
     """Replaces parameters by new masters in groups and state; state that was half becomes float32."""
     masters = {id(param): make_master(param) for param in with_master.values()}
     for group in optimizer.param_groups:
         group["params"][:] = [masters.get(id(param), param) for param in group["params"]]
     for param in list(optimizer.state):
-        state = {key: _wide_state(value) for key, value in optimizer.state.pop(param).items()}
-        optimizer.state[masters.get(id(param), param)] = state
+        optimizer.state[masters.get(id(param), param)] = optimizer.state.pop(param)
+    widen_state(optimizer)
+
+
+def widen_state(optimizer: Optimizer) -> None:
+    """State that is half becomes float32."""
+    for param, state in optimizer.state.items():
+        optimizer.state[param] = {key: _wide_state(value) for key, value in state.items()}
 
 
 def _wide_state(value: object) -> object:

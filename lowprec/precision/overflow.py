@@ -1,14 +1,14 @@
 """Says where an overflow began.
 
-A skipped step tells nothing by itself: by the time the loss scale hits its floor every gradient is NaN. Two things are
-cheap enough to watch. The order in which gradients arrive in the backward names the parameter nearest the loss that is
-not finite. Forward outputs cost a reduction each, so they are watched only when the last step overflowed or the next
-overflow would be the last: then the first module to *finish* with a non-finite output is the innermost one that made
-it.
+A skipped step tells nothing by itself: by the time the loss scale hits its floor every gradient is NaN. The order in
+which gradients arrive in the backward costs nothing and names the parameter nearest the loss that is not finite. For
+the forward, a skipped step runs it once more, on the same inputs and random numbers with every module watched: the
+first module to *finish* with a non-finite output is the innermost one that made it. Steps that land pay nothing.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,8 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lowprec.norm.sync import SyncBatchNorm
 from lowprec.precision.arithmetic import tensors_in
+from lowprec.precision.hooks import device_of
 from lowprec.precision.masters import master_of
+
+_SYNCHRONISED = (SyncBatchNorm, nn.SyncBatchNorm)
 
 
 class OverflowWatch:
@@ -30,26 +34,25 @@ class OverflowWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        # The last calls only: a loop that never steps must not fill the memory.
+        self._calls: deque[tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]] = deque(maxlen=32)
         self._arrived: list[str] = []
         self._loss: Tensor | None = None
-        self._forward_origin: str | None = None
 
     def reset(self) -> None:
         """Forgets the step."""
+        self._calls.clear()
         self._arrived.clear()
         self._loss = None
-        self._forward_origin = None
 
     @contextmanager
-    def forward(self, armed: bool) -> Iterator[None]:
-        """While open and `armed`, records the first module whose output is not finite."""
-        with ExitStack() as stack:
-            if armed:
-                for name, module in self._model.named_modules():
-                    if name == "":
-                        stack.callback(module.register_forward_pre_hook(self._check_input, with_kwargs=True).remove)
-                    stack.callback(module.register_forward_hook(self._output_check(name)).remove)
+    def forward(self) -> Iterator[None]:
+        """While open, notes what the model is called with."""
+        handle = self._model.register_forward_pre_hook(self._note_call, with_kwargs=True, prepend=True)
+        try:
             yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def backward(self, loss: Tensor) -> Iterator[None]:
@@ -67,27 +70,40 @@ class OverflowWatch:
 
     def explain(self, scale: float) -> str:
         """One phrase that names where the overflow of this step began; to be called before gradients are dropped."""
-        if self._forward_origin is not None:
-            return f"{self._forward_origin} (in the forward)"
+        if origin := self._origin_in_forward():
+            return origin
         if self._loss is not None and not bool(torch.isfinite(self._loss).all()):
-            return f"the loss, which is {float(self._loss):g} before scaling (all layer outputs finite or not watched)"
+            return f"the loss, which is {float(self._loss):g} before scaling, while every layer's output is finite"
         params = dict(self._model.named_parameters())
         for name in self._arrived:
             grad = master_of(params[name]).grad
             if grad is not None and not bool(torch.isfinite(grad).all()):
-                return f"the gradient of {name!r}, the nearest to the loss that is not finite, at scale {scale:g}"
+                kind = type(self._model.get_submodule(name.rpartition(".")[0])).__name__
+                return f"the gradient of {name!r} ({kind}), the nearest to the loss not finite, at scale {scale:g}"
         return f"a gradient that no parameter of the model owns, at scale {scale:g}"
 
-    def _check_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._forward_origin is None and not _finite((args, kwargs)):
-            self._forward_origin = "the model's input as it enters the first layer"
+    @torch.no_grad()
+    def _origin_in_forward(self) -> str | None:
+        """Where values first left the range when the calls of this step are repeated."""
+        if (
+            any(isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm)) for module in self._model.modules())
+            and _in_company()
+        ):
+            return None  # the other processes do not come along
+        found: list[str] = []
+        device = device_of(self._model)
+        with ExitStack() as stack, torch.random.fork_rng([device] if device.type == "cuda" else []):
+            stack.callback(self._model.register_forward_pre_hook(_input_check(found), with_kwargs=True).remove)
+            for name, module in self._model.named_modules():
+                stack.callback(module.register_forward_hook(_output_check(name, found)).remove)
+            for args, kwargs, state in self._calls:
+                _set_random_state(state, device)
+                self._model(*args, **kwargs)
+        return found[0] if found else None
 
-    def _output_check(self, name: str) -> Any:
-        def check(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._forward_origin is None and not _finite(output):
-                self._forward_origin = f"the output of {name!r}" if name else "the model's output"
-
-        return check
+    def _note_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            self._calls.append((args, kwargs, _random_state(device_of(module))))
 
     def _on_arrival(self, param: Tensor, name: str) -> RemovableHandle:
         def arrive(param: Tensor) -> None:
@@ -102,6 +118,38 @@ class OverflowWatch:
         return handle
 
 
-@torch.no_grad()  # isfinite is made of differentiable parts, which a checkpoint would count among what it saved
+def _input_check(found: list[str]) -> Any:
+    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not found and not _finite((args, kwargs)):
+            found.append("the model's input as it enters the first layer")
+
+    return check
+
+
+def _output_check(name: str, found: list[str]) -> Any:
+    def check(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not found and not _finite(output):
+            what = f"the output of {name!r}" if name else "the model's output"
+            found.append(f"{what} ({type(module).__name__}) in the forward")
+
+    return check
+
+
 def _finite(tree: Any) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors_in(tree) if tensor.is_floating_point())
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def _in_company() -> bool:
+    available = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return available and torch.distributed.get_world_size() > 1

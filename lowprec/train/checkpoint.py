@@ -32,7 +32,7 @@ class State:
     """What a checkpoint holds.
 
     Args:
-        tensors: by flat name (`model.stem.weight`, `master.stem.weight`, `optimizer.3.exp_avg`).
+        tensors: by flat name (`model.stem.weight`, `masters.stem.weight`, `optimizer.3.exp_avg`).
         values: plain data for JSON.
     """
 

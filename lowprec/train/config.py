@@ -51,10 +51,12 @@ class PrecisionConfig:
     min_scale: float = 2.0**-2
     max_scale: float = 2.0**24
     hysteresis: int = 1
+    health_every: int = 200
 
     def __post_init__(self) -> None:
         values = asdict(self)
         mode_named(values.pop("mode"))
+        _at_least("precision.health_every", values.pop("health_every"), 0)
         ScalePolicy(**values)
 
 

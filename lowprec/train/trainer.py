@@ -22,6 +22,7 @@ from lowprec.data import load_data, part_of
 from lowprec.errors import ArtifactError, DataError, MissingDependencyError
 from lowprec.methods import attach
 from lowprec.precision import Precision
+from lowprec.precision.updates import KEPT
 from lowprec.train import run
 from lowprec.train.checkpoint import (
     State,
@@ -191,7 +192,7 @@ class _Loop:
             raise DataError(f"{path} was made with other training samples than {self.data.source} holds now")
         try:
             self.model.load_state_dict(state.group("model"))
-            self.precision.load_state_dict({**values["precision"], "masters": state.group("master")})
+            self.precision.load_state_dict(values["precision"] | {kind: state.group(kind) for kind in KEPT})
             load_optimizer_state(self.optimizer, state.group("optimizer"), values["optimizer"])
             self.counts = _Counts(**values["counts"])
             load_random_state(State(state.group("random"), values["random"]))
@@ -258,14 +259,13 @@ class _Loop:
         if self.folder is None:
             return
         precision = self.precision.state_dict()
-        masters = precision.pop("masters")
         optimizer_tensors, optimizer_values = optimizer_state(self.optimizer)
         generators = random_state()
         tensors = {
             f"{prefix}.{name}": tensor
             for prefix, group in (
                 ("model", self.model.state_dict()),
-                ("master", masters),
+                *((kind, precision.pop(kind)) for kind in KEPT),
                 ("optimizer", optimizer_tensors),
                 ("random", generators.tensors),
             )

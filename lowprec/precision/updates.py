@@ -1,0 +1,209 @@
+"""How half weights take what an optimizer makes of them.
+
+Every optimizer of torch works in float32 here, whatever it is: its arithmetic and its state are float32 (an Adam in
+half divides by an eps that is zero), and it sees float32 parameters. Where those come from is what the entries of
+`UPDATES` differ in. `master`: from float32 copies that last, which the optimizer holds instead of the parameters. The
+others: from the half parameters themselves, which are float32 during a step only; what is then rounded to half is lost
+(`nearest`), kept in a second half number (`kahan`), or kept on average (`stochastic`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowprec.errors import UnsupportedError
+from lowprec.precision.masters import kahan_term_of, make_kahan_term, master_of, weights_from_masters
+from lowprec.precision.narrow import narrow_, swap_in_masters, widen_state
+from lowprec.precision.stochastic import stochastic_round
+
+# The Kahan term is kept in units of 2^-11: unscaled, the term of a weight below 2^-3 would be subnormal.
+_KAHAN_UNIT = 2.0**-11
+
+
+KEPT = ("masters", "kahan_terms")
+"""What an update may keep beside the weights."""
+
+Kept = dict[str, dict[str, Tensor]]
+"""Tensors by parameter name, by one of `KEPT`."""
+
+
+class Update(Protocol):
+    """Half weights and how they are updated; made by one of `UPDATES` while the model is narrowed."""
+
+    params: dict[str, nn.Parameter]
+    """The half parameters that the optimizer moves, by name."""
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Raises `UnsupportedError` if parameters or gradients are there that this cannot move."""
+
+    def opened(self) -> Any:
+        """A context in which the optimizer's parameters and gradients are float32; half weights follow at its end."""
+
+    def wide(self, name: str) -> Tensor:
+        """The value of a parameter as the optimizer knows it, float32."""
+
+    def state(self) -> Kept:
+        """What has to be saved besides weights and optimizer."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state()` gave; names and shapes have been checked."""
+
+
+class Masters:
+    """Float32 copies that last."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, half: torch.dtype) -> None:
+        self.params = narrow_(model, optimizer, half, before=lambda params: swap_in_masters(optimizer, params))
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Every gradient went to a master, and every parameter has one."""
+        for name, param in self.params.items():
+            if param.grad is not None:
+                raise UnsupportedError(
+                    f"{name!r} has a gradient that is not scaled: it came from loss.backward(); "
+                    "use precision.backward(loss) or precision.step(loss)"
+                )
+        if any(param.dtype == torch.float16 for group in optimizer.param_groups for param in group["params"]):
+            raise UnsupportedError("a half parameter joined the optimizer after prepare; add all parameters before it")
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The optimizer holds the masters; at the end weights are their rounding."""
+        yield
+        weights_from_masters(self.params.values())
+
+    def wide(self, name: str) -> Tensor:
+        """The master."""
+        return master_of(self.params[name]).detach()
+
+    def state(self) -> Kept:
+        """The masters."""
+        return {"masters": {name: self.wide(name) for name in self.params}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Half weights become the rounding of the masters."""
+        with torch.no_grad():
+            for name, param in self.params.items():
+                master_of(param).copy_(state["masters"][name])
+        weights_from_masters(self.params.values())
+
+
+class InPlace:
+    """Half parameters that are float32 while the optimizer steps.
+
+    Their gradients add up in float32 (`Tensor.grad_dtype`). What a step leaves is written into the memory that the half
+    weights had before, so that nothing that points there is left behind.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, half: torch.dtype) -> None:
+        self.params = narrow_(model, optimizer, half, before=self._take)
+        self._half: dict[str, Tensor] = {}
+        widen_state(optimizer)
+        for param in self.params.values():
+            param.grad_dtype = torch.float32
+        # torch casts loaded state to the type of the parameter, which has to be float32 then.
+        optimizer.register_load_state_dict_pre_hook(lambda optimizer, state: self._widen())
+        optimizer.register_load_state_dict_post_hook(lambda optimizer: self._narrow_back())
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Every half parameter is known."""
+        known = {id(param) for param in self.params.values()}
+        held = (param for group in optimizer.param_groups for param in group["params"])
+        if any(param.dtype == torch.float16 and id(param) not in known for param in held):
+            raise UnsupportedError("a half parameter joined the optimizer after prepare; add all parameters before it")
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Parameters are float32 inside; if that ends in an error they are as they were before."""
+        self._widen()
+        try:
+            yield
+            self._round()
+        finally:
+            self._narrow_back()
+
+    def wide(self, name: str) -> Tensor:
+        """The half value, in float32."""
+        return self.params[name].detach().float()
+
+    def state(self) -> Kept:
+        """Nothing: the weights are all there is."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Nothing to restore."""
+
+    def _take(self, params: Mapping[str, nn.Parameter]) -> None:
+        """Called with the parameters before they are half."""
+
+    def _widen(self) -> None:
+        self._narrow_back()
+        for name, param in self.params.items():
+            self._half[name], param.data = param.data, self.wide(name)
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for name, half in self._half.items():
+            half.copy_(self.params[name].data)
+
+    def _narrow_back(self) -> None:
+        for name, half in self._half.items():
+            self.params[name].data = half
+        self._half.clear()
+
+
+class Stochastic(InPlace):
+    """Rounds at random, with the numbers of torch's generator: the mean of many weights takes every update."""
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for name, half in self._half.items():
+            half.copy_(stochastic_round(self.params[name].data))
+
+
+class Kahan(InPlace):
+    """Keeps what rounding cut off in a half number per weight, 22 bits in all: w = half + term * 2^-11."""
+
+    def wide(self, name: str) -> Tensor:
+        """Weight plus term: exact, since together they have less bits than float32."""
+        term = kahan_term_of(self.params[name])
+        return super().wide(name).add_(term.float(), alpha=_KAHAN_UNIT)
+
+    def state(self) -> Kept:
+        """The terms."""
+        return {"kahan_terms": {name: kahan_term_of(param) for name, param in self.params.items()}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Terms are copied; the weights come with the model."""
+        for name, param in self.params.items():
+            kahan_term_of(param).copy_(state["kahan_terms"][name])
+
+    @torch.no_grad()
+    def _take(self, params: Mapping[str, nn.Parameter]) -> None:
+        for param in params.values():
+            make_kahan_term(param, _cut_off(param.float(), param.half()))
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        super()._round()
+        for name, half in self._half.items():
+            param = self.params[name]
+            kahan_term_of(param).copy_(_cut_off(param.data, half))
+
+
+def _cut_off(wide: Tensor, half: Tensor) -> Tensor:
+    return ((wide - half.float()) / _KAHAN_UNIT).half()
+
+
+UPDATES: dict[str, Callable[[nn.Module, Optimizer, torch.dtype], Update]] = {
+    "master": Masters,
+    "nearest": InPlace,
+    "kahan": Kahan,
+    "stochastic": Stochastic,
+}
