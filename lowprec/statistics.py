@@ -247,6 +247,56 @@ class HeldStatistics:
         return BatchStatistics(swapped.count if joined is None else joined, values)
 
 
+class CopiedStatistics:
+    """Keeps copies of the running buffers of training-mode norms, and puts them back when a step is skipped.
+
+    For compiled models, whose forward cannot be watched module by module. Several forwards before one step move the
+    buffers one after the other. Same calls as `HeldStatistics`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """The first one before a step takes the copies."""
+        if not self._copies:
+            self._copies = self._taken()
+        yield
+
+    @contextmanager
+    def recomputation(self) -> Iterator[None]:
+        """What moves inside is put back at its end."""
+        copies = self._taken()
+        try:
+            yield
+        finally:
+            _restore(copies)
+
+    def commit(self, landed: bool | Tensor = True) -> None:
+        """Forgets the copies if the step `landed`, else puts them back."""
+        with torch.no_grad():
+            for buffer, copy in self._copies:
+                buffer.copy_(torch.where(torch.as_tensor(landed, device=buffer.device), buffer, copy))
+        self._copies = []
+
+    def discard(self) -> None:
+        """Puts the copies back and forgets them."""
+        _restore(self._copies)
+        self._copies = []
+
+    def _taken(self) -> list[tuple[Tensor, Tensor]]:
+        norms = [module for module in self._model.modules() if running_statistics(module) is not None]
+        return [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+
+
+@torch.no_grad()
+def _restore(copies: list[tuple[Tensor, Tensor]]) -> None:
+    for buffer, copy in copies:
+        buffer.copy_(copy)
+
+
 def _set_momentum(module: Any, momentum: float | None) -> None:
     module.momentum = momentum
 

@@ -13,16 +13,18 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
 from lowprec.errors import ConfigError, ScaleFloorError, UnsupportedError
+from lowprec.precision.averaging import average_wide
 from lowprec.precision.health import Health, HealthProbe
 from lowprec.precision.hooks import HalfHooks, device_of, has_half_hooks
 from lowprec.precision.modes import Mode, mode_named
 from lowprec.precision.overflow import OverflowWatch
 from lowprec.precision.scale import LossScale, ScalePolicy, is_power_of_two
 from lowprec.precision.updates import KEPT, UPDATES, Update
-from lowprec.statistics import HeldStatistics
+from lowprec.statistics import CopiedStatistics, HeldStatistics
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
@@ -37,8 +39,9 @@ class _Bound:
         self.hooks: HalfHooks | None = None
         self.update: Update | None = None
         self.probe = probe
+        self.parallel: DistributedDataParallel | None = None
         self.unscaled: bool | None = None  # whether the gradients that were unscaled already are finite
-        self.held = HeldStatistics(model)
+        self.held: HeldStatistics | CopiedStatistics = HeldStatistics(model)
         self.watch = OverflowWatch(model)
 
 
@@ -76,7 +79,7 @@ class Precision:
     ) -> None:
         if isinstance(health_every, bool) or not isinstance(health_every, int) or health_every < 0:
             raise ConfigError(f"health_every is {health_every}; give a whole number of steps, or 0 for never")
-        self._health_every = health_every
+        self.health_every = health_every
         self._steps = 0
         self._mode: Mode = mode_named(mode)
         self._scale = LossScale.start(
@@ -120,7 +123,7 @@ class Precision:
         """
         self._check(model, optimizer)
         half: torch.dtype = getattr(torch, self._mode.half or "float16")
-        bound = _Bound(model, optimizer, HealthProbe(model, half, self._health_every))
+        bound = _Bound(model, optimizer, HealthProbe(model, half, self.health_every))
         if self._mode.half is not None:
             if self._mode.update is not None:
                 bound.update = UPDATES[self._mode.update](model, optimizer, half)
@@ -128,6 +131,48 @@ class Precision:
             bound.hooks.install(model)
         self._bound = bound
         return model, optimizer
+
+    def data_parallel(self, **options: Any) -> DistributedDataParallel:
+        """The prepared model in torch's DistributedDataParallel, averaging half gradients without overflow.
+
+        Gradients travel in float32: a sum of scaled half gradients need not be finite, and one divided by the number of
+        processes before loses its small values. Micro-batches are averaged one by one, so `no_sync` is refused.
+        Running statistics are not exchanged; use synchronised norms, or average the buffers.
+
+        Args:
+            options: as for DistributedDataParallel; `broadcast_buffers` is off by default.
+
+        Raises:
+            UnsupportedError: there is no process group, or the model is wrapped already.
+        """
+        bound = self._prepared()
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise UnsupportedError("data_parallel needs a process group; call torch.distributed.init_process_group")
+        if bound.parallel is not None:
+            raise UnsupportedError("the model is in DistributedDataParallel already")
+        bound.parallel = DistributedDataParallel(bound.model, **{"broadcast_buffers": False, **options})
+        bound.parallel.register_comm_hook(bound.parallel.process_group, average_wide)
+        return bound.parallel
+
+    def compile(self, **options: Any) -> None:
+        """Compiles the forward of the prepared model with `torch.compile`, once more at most for a measured step.
+
+        Running statistics are then kept by copies of the buffers, not collected: the micro-batches of one step move
+        them one after the other, and a skipped step puts them back.
+
+        Args:
+            options: as for `torch.compile`.
+
+        Raises:
+            UnsupportedError: weights would be narrowed in the forward on a CPU, whose compiled code torch gets wrong.
+        """
+        bound = self._prepared()
+        if self._mode.half is not None and bound.update is None and device_of(bound.model).type == "cpu":
+            raise UnsupportedError(
+                f"compiled {self.mode} crashes on a CPU in torch {torch.__version__}; use fp16-master, or no compiler"
+            )
+        bound.held = CopiedStatistics(bound.model)
+        bound.model.forward = torch.compile(bound.model.forward, **options)  # hooks stay outside
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -160,6 +205,8 @@ class Precision:
             UnsupportedError: the loss is not one number that depends on parameters.
         """
         bound = self._prepared()
+        if bound.parallel is not None and not bound.parallel.require_backward_grad_sync:
+            raise UnsupportedError("backward under no_sync() would lose the gradients of the other processes; leave it")
         if loss.numel() != 1 or not loss.requires_grad:
             raise UnsupportedError(
                 f"the loss has shape {tuple(loss.shape)} and requires_grad={loss.requires_grad}; give one number that "
@@ -174,12 +221,15 @@ class Precision:
                 torch.autograd.backward(loss)
                 return
             stack.enter_context(bound.hooks.arithmetic(device_of(bound.model)))
-            stack.enter_context(bound.watch.backward(loss))
+            at_once = bound.update if bound.parallel is None else None
+            stack.enter_context(bound.watch.backward(loss, lambda name: at_once.take(name) if at_once else None))
             scaled = loss * self.scale
             # Not torch.autograd.backward: that is a torch function itself, so the mode would be closed while it runs.
             torch.autograd.Variable._execution_engine.run_backward(
                 (scaled,), (torch.ones_like(scaled),), False, False, (), allow_unreachable=True, accumulate_grad=True
             )
+            if bound.update is not None and bound.parallel is not None:
+                bound.update.take(*bound.update.params)  # averaged by now
 
     def unscale(self) -> None:
         """Divides the gradients by the scale now, once, for callers that look at them or change them before `step`.
@@ -190,8 +240,8 @@ class Precision:
             UnsupportedError: there is no gradient, or one that did not come from `precision.backward`.
         """
         bound = self._prepared()
-        params = self._parameters_with_gradient(bound)
         if bound.unscaled is None:
+            params = self._parameters_with_gradient(bound)
             bound.unscaled = not self._mode.scaled or self._unscale(params)
 
     def step(
@@ -320,6 +370,7 @@ class Precision:
     def _parameters_with_gradient(self, bound: _Bound) -> list[Tensor]:
         if bound.update is not None:
             bound.update.check(bound.optimizer)
+            bound.update.present()
         params: list[Tensor] = [param for group in bound.optimizer.param_groups for param in group["params"]]
         params = [param for param in params if param.grad is not None]
         if not params:
@@ -340,6 +391,8 @@ class Precision:
         bound.unscaled = None
         bound.optimizer.zero_grad(set_to_none=True)
         bound.model.zero_grad(set_to_none=True)
+        if bound.update is not None:
+            bound.update.forget()
 
     def _update_scale(self, landed: bool) -> None:
         bound = self._prepared()

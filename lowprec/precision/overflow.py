@@ -9,7 +9,7 @@ first module to *finish* with a non-finite output is the innermost one that made
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -55,17 +55,14 @@ class OverflowWatch:
             handle.remove()
 
     @contextmanager
-    def backward(self, loss: Tensor) -> Iterator[None]:
-        """While open, moves each gradient of a half parameter to its master as it arrives, and notes the order.
-
-        Moving at once means that a half gradient lives only until its parameter is done.
-        """
+    def backward(self, loss: Tensor, arrived: Callable[[str], None]) -> Iterator[None]:
+        """While open, notes the order in which gradients arrive, and calls `arrived` with each name."""
         self._arrived.clear()
         self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
         with ExitStack() as stack:
             for name, param in self._model.named_parameters():
                 if param.requires_grad:
-                    stack.callback(self._on_arrival(param, name).remove)
+                    stack.callback(self._on_arrival(param, name, arrived).remove)
             yield
 
     def explain(self, scale: float) -> str:
@@ -105,14 +102,10 @@ class OverflowWatch:
         if torch.is_grad_enabled():
             self._calls.append((args, kwargs, _random_state(device_of(module))))
 
-    def _on_arrival(self, param: Tensor, name: str) -> RemovableHandle:
+    def _on_arrival(self, param: Tensor, name: str, arrived: Callable[[str], None]) -> RemovableHandle:
         def arrive(param: Tensor) -> None:
             self._arrived.append(name)
-            master = master_of(param)
-            if master is not param and param.grad is not None:
-                grad = param.grad.to(master.dtype)
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
-                param.grad = None
+            arrived(name)
 
         handle: RemovableHandle = param.register_post_accumulate_grad_hook(arrive)  # type: ignore[no-untyped-call]
         return handle

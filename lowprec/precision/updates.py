@@ -42,6 +42,15 @@ class Update(Protocol):
     def check(self, optimizer: Optimizer) -> None:
         """Raises `UnsupportedError` if parameters or gradients are there that this cannot move."""
 
+    def take(self, *names: str) -> None:
+        """Adds the half gradients of those of these parameters that are moved to their float32 gradients."""
+
+    def present(self) -> None:
+        """Puts float32 gradients where the optimizer looks for them."""
+
+    def forget(self) -> None:
+        """Drops all gradients."""
+
     def opened(self) -> Any:
         """A context in which the optimizer's parameters and gradients are float32; half weights follow at its end."""
 
@@ -55,6 +64,21 @@ class Update(Protocol):
         """Restores what `state()` gave; names and shapes have been checked."""
 
 
+def _refuse_unscaled(params: Mapping[str, nn.Parameter]) -> None:
+    for name, param in params.items():
+        if param.grad is not None:
+            raise UnsupportedError(
+                f"{name!r} has a gradient that is not scaled: it came from loss.backward(); "
+                "use precision.backward(loss) or precision.step(loss)"
+            )
+
+
+def _refuse_strangers(optimizer: Optimizer, known: set[int]) -> None:
+    held = (param for group in optimizer.param_groups for param in group["params"])
+    if any(param.dtype == torch.float16 and id(param) not in known for param in held):
+        raise UnsupportedError("a half parameter joined the optimizer after prepare; add all parameters before it")
+
+
 class Masters:
     """Float32 copies that last."""
 
@@ -63,14 +87,24 @@ class Masters:
 
     def check(self, optimizer: Optimizer) -> None:
         """Every gradient went to a master, and every parameter has one."""
-        for name, param in self.params.items():
-            if param.grad is not None:
-                raise UnsupportedError(
-                    f"{name!r} has a gradient that is not scaled: it came from loss.backward(); "
-                    "use precision.backward(loss) or precision.step(loss)"
-                )
-        if any(param.dtype == torch.float16 for group in optimizer.param_groups for param in group["params"]):
-            raise UnsupportedError("a half parameter joined the optimizer after prepare; add all parameters before it")
+        _refuse_unscaled(self.params)
+        _refuse_strangers(optimizer, set())
+
+    def take(self, *names: str) -> None:
+        """The gradient of a parameter becomes, or is added to, that of its master."""
+        for name in names:
+            param = self.params.get(name)
+            if param is not None and param.grad is not None:
+                master = master_of(param)
+                grad = param.grad.to(master.dtype)
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                param.grad = None
+
+    def present(self) -> None:
+        """They are there already."""
+
+    def forget(self) -> None:
+        """Masters are the optimizer's, which drops them."""
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -97,26 +131,46 @@ class Masters:
 class InPlace:
     """Half parameters that are float32 while the optimizer steps.
 
-    Their gradients add up in float32 (`Tensor.grad_dtype`). What a step leaves is written into the memory that the half
-    weights had before, so that nothing that points there is left behind.
+    Their gradients add up in float32 beside them (`Tensor.grad_dtype` lets a half parameter show them). What a step
+    leaves is written into the memory that the half weights had before, so that what points there stays right.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, half: torch.dtype) -> None:
         self.params = narrow_(model, optimizer, half, before=self._take)
         self._half: dict[str, Tensor] = {}
+        self._grads: dict[str, Tensor] = {}
         widen_state(optimizer)
-        for param in self.params.values():
-            param.grad_dtype = torch.float32
         # torch casts loaded state to the type of the parameter, which has to be float32 then.
         optimizer.register_load_state_dict_pre_hook(lambda optimizer, state: self._widen())
         optimizer.register_load_state_dict_post_hook(lambda optimizer: self._narrow_back())
 
     def check(self, optimizer: Optimizer) -> None:
-        """Every half parameter is known."""
-        known = {id(param) for param in self.params.values()}
-        held = (param for group in optimizer.param_groups for param in group["params"])
-        if any(param.dtype == torch.float16 and id(param) not in known for param in held):
-            raise UnsupportedError("a half parameter joined the optimizer after prepare; add all parameters before it")
+        """Every gradient was taken, and every half parameter is known."""
+        _refuse_unscaled(self.params)
+        _refuse_strangers(optimizer, {id(param) for param in self.params.values()})
+
+    def take(self, *names: str) -> None:
+        """Gradients are kept aside, in float32."""
+        for name in names:
+            param = self.params.get(name)
+            if param is not None and param.grad is not None:
+                grad = param.grad.float()
+                self._grads[name] = self._grads[name].add_(grad) if name in self._grads else grad
+                param.grad = None
+
+    def present(self) -> None:
+        """Parameters show their float32 gradients."""
+        for name, grad in self._grads.items():
+            self.params[name].grad_dtype = torch.float32
+            self.params[name].grad = grad
+        self._grads.clear()
+
+    def forget(self) -> None:
+        """The next gradient is half again."""
+        self._grads.clear()
+        for param in self.params.values():
+            param.grad = None
+            param.grad_dtype = param.dtype
 
     @contextmanager
     def opened(self) -> Iterator[None]:
