@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowprec.errors import ConfigError, UnsupportedError
+from lowprec.errors import ConfigError
 from lowprec.train import Config, import_factory, load_config, parse_config
 from lowprec.train.config import PrecisionConfig
 from lowprec.train.factory import build_model
@@ -118,11 +118,6 @@ def test_a_wrong_config_is_refused_in_one_line(text: str, message: str) -> None:
 def test_a_wrong_override_is_refused_in_one_line(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config("[optim]\nlr = 1", [override])
-
-
-def test_a_reserved_mode_is_refused_by_the_config_already() -> None:
-    with pytest.raises(UnsupportedError, match="'fp16-pure' is not in this version"):
-        parse_config("[precision]\nmode = 'fp16-pure'")
 
 
 def test_an_unreadable_config_is_refused(tmp_path: Path) -> None:

@@ -241,7 +241,8 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path: Path) -
 def test_a_run_folder_holds_what_evaluation_used(tmp_path: Path) -> None:
     result = Trainer(config("run.checkpoint_every_steps=4", "run.keep=2")).fit(tmp_path / "run")
     run = tmp_path / "run"
-    assert {path.name for path in run.iterdir()} == {"config.toml", "model.safetensors", "checkpoints", "metrics.jsonl"}
+    written = {"config.toml", "model.safetensors", "checkpoints", "metrics.jsonl", "health.jsonl"}
+    assert {path.name for path in run.iterdir()} == written
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
     stored = load_file(run / "model.safetensors")
     state = result.model.state_dict()
@@ -355,7 +356,7 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 
 
 def test_the_scale_floor_stops_training_and_names_the_layer(tmp_path: Path) -> None:
-    with pytest.raises(ScaleFloorError, match=r"at its floor of 0.25 .* the output of '1' \(in the forward\)"):
+    with pytest.raises(ScaleFloorError, match=r"at its floor of 0.25 .* the output of '1' \(Linear\) in the forward"):
         Trainer(user("exploding", "data.batch_size=16")).fit(tmp_path / "run")
     assert is_run(tmp_path / "run")
     with pytest.raises(ArtifactError, match=r"has no model.safetensors: training has not finished"):
@@ -416,9 +417,9 @@ def test_resume_refuses_damaged_and_foreign_checkpoints(run: Path) -> None:
     (newest / "state.safetensors").write_bytes(tensors[:-20])
     with pytest.raises(ArtifactError, match="is truncated or damaged"):
         Trainer(config()).fit(run, resume=True)
-    (newest / "state.json").write_text(values.replace('"random"', '"rundom"'))
+    (newest / "state.json").write_text(values.replace('"optimizer"', '"aptimizer"'))
     (newest / "state.safetensors").write_bytes(tensors)
-    with pytest.raises(ArtifactError, match="does not fit this run: 'random'; remove it to use an older one"):
+    with pytest.raises(ArtifactError, match="does not fit this run: 'optimizer'; remove it to use an older one"):
         Trainer(config()).fit(run, resume=True)
 
 

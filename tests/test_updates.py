@@ -163,7 +163,7 @@ def test_any_optimizer_of_torch_moves_half_weights_as_it_moves_float32_ones(mode
 
 
 @pytest.mark.parametrize("mode", IN_PLACE)
-def test_parameters_are_the_same_objects_in_the_same_memory_and_float32_only_while_stepping(mode: str) -> None:
+def test_parameters_stay_half_in_the_same_memory_and_the_optimizer_sees_float32_while_it_steps(mode: str) -> None:
     model = nn.Linear(4, 2)
     optimizer = torch.optim.Adam(model.parameters())
     precision = Precision(mode, init_scale=SCALE)
@@ -171,9 +171,11 @@ def test_parameters_are_the_same_objects_in_the_same_memory_and_float32_only_whi
     assert [id(param) for param in optimizer.param_groups[0]["params"]] == [id(param) for param in model.parameters()]
     addresses = [param.data_ptr() for param in model.parameters()]
     seen: list[torch.dtype] = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append(model.weight.dtype))
+    optimizer.register_step_pre_hook(lambda *_: seen.extend(p.dtype for p in optimizer.param_groups[0]["params"]))
     run(model, precision, torch.ones(1, 4), 2)
-    assert seen == [torch.float32] * 2
+    assert seen == [torch.float32] * 4
+    assert [id(param) for param in optimizer.param_groups[0]["params"]] == [id(param) for param in model.parameters()]
+    assert {id(param) for param in optimizer.state} == {id(param) for param in model.parameters()}
     assert model.weight.dtype == torch.float16
     assert [param.data_ptr() for param in model.parameters()] == addresses
 

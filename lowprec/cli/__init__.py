@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "engine": "build a bundle's engine where its GPU is, verify it, and renew the bundle",
     "verify": "check a bundle against its float64 reference on every backend that runs here",
     "compare": "judge whether two models are the same up to rounding",
+    "check-resume": "prove on a config that a killed and resumed run ends in the same bits",
     "calibrate": "measure ranges and half-precision headroom on data",
     "inspect": "say what a file, a bundle or a run is",
     "doctor": "versions, devices, and which backends work here",
@@ -78,7 +79,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _module(command: str):  # type: ignore[no-untyped-def]  # a module with add_arguments and run
-    return importlib.import_module(f"lowprec.cli.{command}_command")
+    return importlib.import_module(f"lowprec.cli.{command.replace('-', '_')}_command")
 
 
 def _complain(message: str, status: int) -> int:

@@ -98,7 +98,7 @@ def bits_text(bits: float | None) -> str:
 
 def _run(path: Path) -> dict[str, Any]:
     from lowprec.train import load_run
-    from lowprec.train.run import METRICS
+    from lowprec.train.log import METRICS
 
     module, config = load_run(path)
     metrics = [json.loads(line) for line in (path / METRICS).read_text(encoding="utf-8").splitlines()]

@@ -109,6 +109,13 @@ def convert_l2_half(model: nn.Module, report: ChangeReport, *, accumulation: str
     return _replace_norms(model, report, "l2_half", "l2", torch.float16, accumulation, fuse=False)
 
 
+def synchronise_norms(model: nn.Module) -> nn.Module:
+    """Torch's SyncBatchNorms, which need a GPU, become this library's, which do not; in place where there are any."""
+    if not any(type(module) is nn.SyncBatchNorm for module in model.modules()):
+        return model
+    return _replace_norms(model, ChangeReport(), "sync", "l2", None, "tree", fuse=False)
+
+
 def _replace_norms(
     model: nn.Module,
     report: ChangeReport,

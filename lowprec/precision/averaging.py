@@ -1,15 +1,32 @@
 """Averages gradients over processes, as a communication hook of DistributedDataParallel."""
 
-from __future__ import annotations
-
+import inspect
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+# Buffers are the business of those who move them; how to say so has changed in torch 2.13.
+_OLD = {"broadcast_buffers": False}
+_NEW = {"forward_sync_buffers": False}
 
 
-def average_wide(group: dist.ProcessGroup, bucket: Any) -> torch.futures.Future[Tensor]:
+def data_parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
+    """`model` in DistributedDataParallel, its gradients averaged by `average_wide` and its buffers left alone."""
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    alone = _NEW if "forward_sync_buffers" in known else _OLD
+    parallel = DistributedDataParallel(model, **{**alone, **options})
+    parallel.register_comm_hook(parallel.process_group, average_wide)
+    return parallel
+
+
+# The annotations are looked at by torch, so they cannot be text.
+def average_wide(
+    group: dist.ProcessGroup,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[torch.Tensor]:
     """The mean of a bucket over the processes: summed in float32, divided, rounded once to the bucket's type.
 
     Half sums overflow at half the largest number already for two processes. Dividing first, as torch does, avoids that

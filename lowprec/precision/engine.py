@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
 from lowprec.errors import ConfigError, ScaleFloorError, UnsupportedError
-from lowprec.precision.averaging import average_wide
+from lowprec.precision.averaging import data_parallel
 from lowprec.precision.health import Health, HealthProbe
 from lowprec.precision.hooks import HalfHooks, device_of, has_half_hooks
 from lowprec.precision.modes import Mode, mode_named
@@ -140,7 +140,7 @@ class Precision:
         Running statistics are not exchanged; use synchronised norms, or average the buffers.
 
         Args:
-            options: as for DistributedDataParallel; `broadcast_buffers` is off by default.
+            options: as for DistributedDataParallel.
 
         Raises:
             UnsupportedError: there is no process group, or the model is wrapped already.
@@ -150,8 +150,7 @@ class Precision:
             raise UnsupportedError("data_parallel needs a process group; call torch.distributed.init_process_group")
         if bound.parallel is not None:
             raise UnsupportedError("the model is in DistributedDataParallel already")
-        bound.parallel = DistributedDataParallel(bound.model, **{"broadcast_buffers": False, **options})
-        bound.parallel.register_comm_hook(bound.parallel.process_group, average_wide)
+        bound.parallel = data_parallel(bound.model, **options)
         return bound.parallel
 
     def compile(self, **options: Any) -> None:

@@ -51,6 +51,11 @@ class Row:
     subnormals: float
     stalled: float = math.nan
 
+    def figures(self) -> dict[str, float]:
+        """The numbers that are finite, by name."""
+        values = {key: getattr(self, key) for key in ("headroom_bits", "zeros", "subnormals", "stalled")}
+        return {key: value for key, value in values.items() if math.isfinite(value)}
+
 
 class Health:
     """What one step was measured to be. Numbers are read back from the device at the first look.

@@ -20,7 +20,7 @@ _kahan_terms: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def master_of(param: Tensor) -> Tensor:
-    """The float32 master of `param` if `Precision.prepare` made one, else `param` itself; looked up at call time."""
+    """What the optimizer moves in place of `param` now: a float32 master or stand-in, else `param` itself."""
     master: Tensor = _masters.get(param, param)  # type: ignore[no-untyped-call]
     return master
 
@@ -29,8 +29,16 @@ def make_master(param: nn.Parameter) -> nn.Parameter:
     """Makes a leaf that holds the exact value of `param`, in float32 or wider, and registers it as its master."""
     wide = torch.promote_types(param.dtype, torch.float32)
     master = nn.Parameter(param.detach().to(dtype=wide, copy=True), requires_grad=param.requires_grad)
-    _masters[param] = master
+    set_master(param, master)
     return master
+
+
+def set_master(param: Tensor, master: nn.Parameter | None) -> None:
+    """Makes `master` what the optimizer moves in place of `param`; None for `param` itself."""
+    if master is not None:
+        _masters[param] = master
+    elif param in _masters:
+        del _masters[param]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ refused is refused before the first change.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -110,12 +110,16 @@ def _cast_buffers(model: nn.Module, wide: set[int], half: torch.dtype) -> None:
 
 def swap_in_masters(optimizer: Optimizer, with_master: dict[str, nn.Parameter]) -> None:
     """Replaces parameters by new masters in groups and state; state that was half becomes float32."""
-    masters = {id(param): make_master(param) for param in with_master.values()}
-    for group in optimizer.param_groups:
-        group["params"][:] = [masters.get(id(param), param) for param in group["params"]]
-    for param in list(optimizer.state):
-        optimizer.state[masters.get(id(param), param)] = optimizer.state.pop(param)
+    exchange(optimizer, {id(param): make_master(param) for param in with_master.values()})
     widen_state(optimizer)
+
+
+def exchange(optimizer: Optimizer, others: Mapping[int, nn.Parameter]) -> None:
+    """Puts other parameters into the groups and the state of an optimizer, by the id of what they stand for."""
+    for group in optimizer.param_groups:
+        group["params"][:] = [others.get(id(param), param) for param in group["params"]]
+    for param in list(optimizer.state):
+        optimizer.state[others.get(id(param), param)] = optimizer.state.pop(param)
 
 
 def widen_state(optimizer: Optimizer) -> None:

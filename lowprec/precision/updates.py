@@ -3,8 +3,8 @@
 Every optimizer of torch works in float32 here, whatever it is: its arithmetic and its state are float32 (an Adam in
 half divides by an eps that is zero), and it sees float32 parameters. Where those come from is what the entries of
 `UPDATES` differ in. `master`: from float32 copies that last, which the optimizer holds instead of the parameters. The
-others: from the half parameters themselves, which are float32 during a step only; what is then rounded to half is lost
-(`nearest`), kept in a second half number (`kahan`), or kept on average (`stochastic`).
+others: from the half parameters, as float32 stand-ins that exist during a step only; what is then rounded to half is
+lost (`nearest`), kept in a second half number (`kahan`), or kept on average (`stochastic`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowprec.errors import UnsupportedError
-from lowprec.precision.masters import kahan_term_of, make_kahan_term, master_of, weights_from_masters
-from lowprec.precision.narrow import narrow_, swap_in_masters, widen_state
+from lowprec.precision.masters import kahan_term_of, make_kahan_term, master_of, set_master, weights_from_masters
+from lowprec.precision.narrow import exchange, narrow_, swap_in_masters, widen_state
 from lowprec.precision.stochastic import stochastic_round
 
 # The Kahan term is kept in units of 2^-11: unscaled, the term of a weight below 2^-3 would be subnormal.
@@ -129,20 +129,22 @@ class Masters:
 
 
 class InPlace:
-    """Half parameters that are float32 while the optimizer steps.
+    """Half parameters in whose place the optimizer finds float32 stand-ins while it steps.
 
-    Their gradients add up in float32 beside them (`Tensor.grad_dtype` lets a half parameter show them). What a step
-    leaves is written into the memory that the half weights had before, so that what points there stays right.
+    Between steps the optimizer holds the parameters themselves and the stand-ins hold no memory. Gradients add up in
+    float32 beside the parameters (`Tensor.grad_dtype` lets a half parameter show one). A parameter never changes its
+    type or its memory, which others have pointers and hooks to.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, half: torch.dtype) -> None:
         self.params = narrow_(model, optimizer, half, before=self._take)
-        self._half: dict[str, Tensor] = {}
+        self._optimizer = optimizer
+        self._stand_ins = {name: nn.Parameter(torch.empty(0, device=p.device)) for name, p in self.params.items()}
         self._grads: dict[str, Tensor] = {}
         widen_state(optimizer)
         # torch casts loaded state to the type of the parameter, which has to be float32 then.
-        optimizer.register_load_state_dict_pre_hook(lambda optimizer, state: self._widen())
-        optimizer.register_load_state_dict_post_hook(lambda optimizer: self._narrow_back())
+        optimizer.register_load_state_dict_pre_hook(lambda optimizer, state: self._lend())
+        optimizer.register_load_state_dict_post_hook(lambda optimizer: self._return())
 
     def check(self, optimizer: Optimizer) -> None:
         """Every gradient was taken, and every half parameter is known."""
@@ -174,13 +176,14 @@ class InPlace:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Parameters are float32 inside; if that ends in an error they are as they were before."""
-        self._widen()
+        """The optimizer holds stand-ins; if that ends in an error the weights are as they were before."""
+        self._lend()
         try:
             yield
-            self._round()
+            for name, param in self.params.items():
+                self._round(name, param.data, self._stand_ins[name].data)
         finally:
-            self._narrow_back()
+            self._return()
 
     def wide(self, name: str) -> Tensor:
         """The half value, in float32."""
@@ -196,29 +199,32 @@ class InPlace:
     def _take(self, params: Mapping[str, nn.Parameter]) -> None:
         """Called with the parameters before they are half."""
 
-    def _widen(self) -> None:
-        self._narrow_back()
+    def _lend(self) -> None:
+        self._return()
         for name, param in self.params.items():
-            self._half[name], param.data = param.data, self.wide(name)
+            stand_in = self._stand_ins[name]
+            stand_in.data = self.wide(name)
+            stand_in.grad, param.grad = param.grad, None
+            set_master(param, stand_in)
+        exchange(self._optimizer, {id(param): self._stand_ins[name] for name, param in self.params.items()})
 
-    @torch.no_grad()
-    def _round(self) -> None:
-        for name, half in self._half.items():
-            half.copy_(self.params[name].data)
+    def _round(self, name: str, half: Tensor, wide: Tensor) -> None:
+        """Puts what the optimizer made of a weight into it."""
+        half.copy_(wide)
 
-    def _narrow_back(self) -> None:
-        for name, half in self._half.items():
-            self.params[name].data = half
-        self._half.clear()
+    def _return(self) -> None:
+        exchange(self._optimizer, {id(stand_in): self.params[name] for name, stand_in in self._stand_ins.items()})
+        for name, stand_in in self._stand_ins.items():
+            set_master(self.params[name], None)
+            stand_in.grad = None
+            stand_in.data = stand_in.data.new_empty(0)
 
 
 class Stochastic(InPlace):
     """Rounds at random, with the numbers of torch's generator: the mean of many weights takes every update."""
 
-    @torch.no_grad()
-    def _round(self) -> None:
-        for name, half in self._half.items():
-            half.copy_(stochastic_round(self.params[name].data))
+    def _round(self, name: str, half: Tensor, wide: Tensor) -> None:
+        half.copy_(stochastic_round(wide))
 
 
 class Kahan(InPlace):
@@ -243,12 +249,9 @@ class Kahan(InPlace):
         for param in params.values():
             make_kahan_term(param, _cut_off(param.float(), param.half()))
 
-    @torch.no_grad()
-    def _round(self) -> None:
-        super()._round()
-        for name, half in self._half.items():
-            param = self.params[name]
-            kahan_term_of(param).copy_(_cut_off(param.data, half))
+    def _round(self, name: str, half: Tensor, wide: Tensor) -> None:
+        half.copy_(wide)
+        kahan_term_of(self.params[name]).copy_(_cut_off(wide, half))
 
 
 def _cut_off(wide: Tensor, half: Tensor) -> Tensor:

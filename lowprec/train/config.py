@@ -21,6 +21,7 @@ from lowprec.train.toml import toml_text
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 DEVICES = ("auto", "cpu", "cuda")
+STATISTICS = ("reduce", "sync")
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,21 @@ class DataConfig:
     """`[data]`: `digits`, an .npz or a folder of images; `test_fraction` of the samples is held out.
 
     `batch_size` is an upper bound: an epoch is cut into batches of nearly equal size, so that no batch is so small
-    that its statistics mean nothing.
+    that its statistics mean nothing. With `validation_fraction` that share of the training part is taken out of it and
+    evaluated after each epoch, and the test part is looked at once, at the end.
     """
 
     source: str = "digits"
     batch_size: int = 64
     test_fraction: float = 0.2
+    validation_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         _at_least("data.batch_size", self.batch_size, 1)
         if not 0 < self.test_fraction < 1:
             raise ConfigError(f"data.test_fraction is {self.test_fraction}; give a number between 0 and 1")
+        if not 0 <= self.validation_fraction < 1:
+            raise ConfigError(f"data.validation_fraction is {self.validation_fraction}; give 0, or a number below 1")
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,13 @@ class OptimConfig:
         momentum: of sgd; Adam's first beta.
         weight_decay: L2 for sgd and adam, decoupled for adamw.
         clip_norm: total gradient norm after unscaling; 0 does not clip.
+        clip_value: largest magnitude of a gradient after unscaling; 0 does not clip.
+        accumulate: micro-batches that a batch is cut into; their gradients add up to one step.
+        ema: decay of a float32 moving average of weights and running statistics, which evaluation and the written
+            model use; 0 for none. It starts at (1 + n) / (10 + n) after n landed steps.
         schedule: one of `SCHEDULES`.
         warmup: landed steps of linear warm-up.
+        schedule_on_skip: skipped steps move the schedule too; by default only those that land do.
         step_epochs: for `step`, epochs between two drops.
         gamma: for `step`, the factor of a drop.
     """
@@ -99,7 +109,11 @@ class OptimConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     clip_norm: float = 0.0
+    clip_value: float = 0.0
+    accumulate: int = 1
+    ema: float = 0.0
     schedule: str = "cosine"
+    schedule_on_skip: bool = False
     warmup: int = 0
     step_epochs: int = 10
     gamma: float = 0.1
@@ -111,8 +125,11 @@ class OptimConfig:
             raise ConfigError(f"optim.lr is {self.lr}; give a positive number")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"optim.momentum is {self.momentum}; give a number from 0 to below 1")
-        for name in ("weight_decay", "clip_norm", "warmup"):
+        for name in ("weight_decay", "clip_norm", "clip_value", "warmup"):
             _at_least(f"optim.{name}", getattr(self, name), 0)
+        _at_least("optim.accumulate", self.accumulate, 1)
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"optim.ema is {self.ema}; give a decay from 0 (none) to below 1")
         _at_least("optim.step_epochs", self.step_epochs, 1)
         if not 0 < self.gamma <= 1:
             raise ConfigError(f"optim.gamma is {self.gamma}; give a factor above 0, at most 1")
@@ -128,6 +145,11 @@ class RunConfig:
         checkpoint_every_steps: a checkpoint after so many steps; 0 saves at the end of each epoch only.
         keep: the newest so many checkpoints stay.
         device: `auto` is the GPU if there is one.
+        channels_last: images and convolution weights in channels-last memory.
+        compile: the forward through `torch.compile`.
+        statistics: of several processes, `reduce` averages running statistics after each step, `sync` makes batch norms
+            synchronised ones.
+        tensorboard: also writes RUN/tensorboard.
     """
 
     epochs: int = 10
@@ -135,6 +157,10 @@ class RunConfig:
     checkpoint_every_steps: int = 0
     keep: int = 2
     device: str = "auto"
+    channels_last: bool = False
+    compile: bool = False
+    statistics: str = "reduce"
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         _at_least("run.epochs", self.epochs, 1)
@@ -142,6 +168,7 @@ class RunConfig:
         _at_least("run.checkpoint_every_steps", self.checkpoint_every_steps, 0)
         _at_least("run.keep", self.keep, 1)
         _one_of("run.device", self.device, DEVICES)
+        _one_of("run.statistics", self.statistics, STATISTICS)
 
 
 @dataclass(frozen=True)
@@ -207,7 +234,9 @@ def _section(section: str, cls: Any, values: Mapping[str, Any]) -> Any:
     return cls(**checked)
 
 
-_KINDS: dict[type, str] = {float: "a number", int: "a whole number", str: "a string", dict: "a table"}
+_KINDS: dict[type, str] = {
+    float: "a number", int: "a whole number", str: "a string", dict: "a table", bool: "true or false"
+}  # fmt: skip
 
 
 def _checked(name: str, value: Any, wanted: type) -> Any:

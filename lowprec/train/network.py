@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowprec.data import Samples
 from lowprec.errors import ConfigError, DataError
 from lowprec.methods import convert
+from lowprec.methods.replace_norm import synchronise_norms
 from lowprec.train.checkpoint import load_random_state, random_state
 from lowprec.train.config import Config, OptimConfig
 from lowprec.train.factory import build_model
@@ -33,21 +34,27 @@ def seeded(seed: int) -> Iterator[None]:
         load_random_state(before)
 
 
-def build_network(config: Config) -> nn.Module:
-    """The model of `[model]`, converted by `[method]`.
+def build_network(config: Config, synchronised: bool = False) -> nn.Module:
+    """The model of `[model]`, converted by `[method]`, with `synchronised` batch norms.
 
     Raises:
         ConfigError: the factory or the method is wrong.
         UnsupportedError: the method finds nothing to do in this network.
     """
     model, _ = build_model(config.model.factory, config.model.args)
+    if synchronised:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    converted = _converted(config, model)
+    return synchronise_norms(converted) if synchronised else converted
+
+
+def _converted(config: Config, model: nn.Module) -> nn.Module:
     name, args = config.method.name, config.method.args
     if name == "none":
         if args:
             raise ConfigError("[method] has args but no name; give the method's name")
         return model
-    converted, _ = convert(model, name, **args)
-    return converted
+    return convert(model, name, **args)[0]
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -77,7 +84,7 @@ def check_inputs(model: nn.Module, samples: Samples) -> None:
 
 
 def batch_of(
-    samples: Samples, index: NDArray[np.int64], device: torch.device
+    samples: Samples, index: NDArray[np.int64], device: torch.device, channels_last: bool = False
 ) -> tuple[dict[str | None, Tensor], Tensor]:
     """Inputs by name and labels of the samples at `index`; floating inputs become float32."""
     if samples.labels is None:
@@ -85,7 +92,8 @@ def batch_of(
     inputs = {}
     for name, array in samples.inputs.items():
         tensor = torch.from_numpy(array[index]).to(device)
-        inputs[name] = tensor.float() if tensor.is_floating_point() else tensor
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        inputs[name] = tensor.to(memory_format=torch.channels_last) if channels_last and tensor.ndim == 4 else tensor
     return inputs, torch.from_numpy(samples.labels[index]).to(device)
 
 

@@ -1,11 +1,14 @@
-"""The folder of a run: `config.toml`, `model.safetensors`, `checkpoints/`, `metrics.jsonl`.
+"""The folder of a run: `config.toml`, `model.safetensors`, `checkpoints/`, `metrics.jsonl`, `health.jsonl`.
 
 It grows while training goes on, so it is not renamed into place like a bundle; every file in it is.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from lowprec.train.network import build_network, seeded
 CONFIG = "config.toml"
 MODEL = "model.safetensors"
 CHECKPOINTS = "checkpoints"
-METRICS = "metrics.jsonl"
+LOCK = ".lock"
 
 
 def is_run(path: Path) -> bool:
@@ -50,6 +53,33 @@ def open_run(path: Path, config: Config, resume: bool) -> None:
     write_text(path / CONFIG, config.to_toml())
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other processes from training into `path`; the lock of a process that died is gone with it.
+
+    Raises:
+        ArtifactError: another process is at it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (path / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ArtifactError(f"{path} is being trained by process {file.read().strip() or 'unknown'}") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            (path / LOCK).unlink(missing_ok=True)
+
+
 def check_same(stored: Config, config: Config, path: Path) -> None:
     """Raises `ConfigError` that names the first value in which two configs differ."""
     there, here = _flat(asdict(stored)), _flat(asdict(config))
@@ -59,12 +89,6 @@ def check_same(stored: Config, config: Config, path: Path) -> None:
                 f"{path} was made with another config: {name} is {there.get(name)!r} there, {here.get(name)!r} here; "
                 "resume with the same config, or choose another folder"
             )
-
-
-def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
-    """Writes one JSON line per epoch; figures that are not finite are null."""
-    lines = [json.dumps(row, sort_keys=True, allow_nan=False) for row in history]
-    write_text(path / METRICS, "".join(f"{line}\n" for line in lines))
 
 
 def write_model(path: Path, model: nn.Module) -> None:

@@ -42,7 +42,7 @@ def stepper(mode: str, health_every: int = 0) -> Callable[[], object]:
     torch.manual_seed(0)
     model = ResNet18(10)
     precision = Precision(mode, health_every=health_every)
-    model, optimizer = precision.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
+    precision.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
     x, y = batch()
 
     def step() -> object:
