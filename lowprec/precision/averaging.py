@@ -1,4 +1,4 @@
-"""Averages gradients over processes, as a communication hook of DistributedDataParallel."""
+"""Gradients of several processes: averaged over DistributedDataParallel's, gathered from FSDP2's."""
 
 import inspect
 from typing import Any
@@ -20,6 +20,17 @@ def data_parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
     parallel = DistributedDataParallel(model, **{**alone, **options})
     parallel.register_comm_hook(parallel.process_group, average_wide)
     return parallel
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is spread over processes, as FSDP2 does it."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """What a sharded tensor is on all processes together; others as they are."""
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return full
 
 
 # The annotations are looked at by torch, so they cannot be text.

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
 from lowprec.errors import ConfigError, ScaleFloorError, UnsupportedError
-from lowprec.precision.averaging import data_parallel
+from lowprec.precision.averaging import data_parallel, is_sharded, whole
 from lowprec.precision.health import Health, HealthProbe
 from lowprec.precision.hooks import HalfHooks, device_of, has_half_hooks
 from lowprec.precision.modes import Mode, mode_named
@@ -347,6 +347,10 @@ class Precision:
             raise UnsupportedError("the model was prepared already; apply without_half_hooks to a copy to start afresh")
         if isinstance(optimizer, LBFGS):
             raise UnsupportedError("LBFGS evaluates the loss several times in a step; use an optimizer without closure")
+        if self._mode.update is not None and any(is_sharded(param) for param in model.parameters()):
+            raise UnsupportedError(
+                f"{self.mode} keeps half weights, and FSDP shards float32 ones; use fp16-autocast or bf16 with it"
+            )
         mine = {id(param) for param in model.parameters()}
         if not any(id(param) in mine for group in optimizer.param_groups for param in group["params"]):
             raise UnsupportedError("the optimizer holds no parameter of this model; build it from model.parameters()")
@@ -384,7 +388,7 @@ class Precision:
         grads = [param.grad for param in params if param.grad is not None]
         torch._foreach_mul_(grads, 1.0 / self.scale)
         largest = torch._foreach_norm(grads, float("inf"))  # NaN and infinity survive a maximum
-        return bool(torch.stack([value.to(largest[0].device) for value in largest]).isfinite().all())
+        return bool(torch.stack([whole(value).to(largest[0].device) for value in largest]).isfinite().all())
 
     def _drop_gradients(self, bound: _Bound) -> None:
         bound.unscaled = None

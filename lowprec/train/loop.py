@@ -171,6 +171,7 @@ class Loop:
             self.ema.put_into(self.model)
         if folder is not None:
             run.write_model(folder, self.model)
+        self.processes.wait()  # nobody leaves before it is there
 
     def restore(self, state: State, path: Path) -> None:
         """Continues from a checkpoint. Raises `ArtifactError` if it is not of this network or these samples."""
@@ -188,7 +189,10 @@ class Loop:
             if self.ema is not None:
                 self.ema.load(state.group("ema"))
             self.counts = Counts(**values["counts"])
-            load_random_state(state.group(f"random.{self.processes.rank}"))
+            own = state.group(f"process.{self.processes.rank}")
+            self.counts.loss_sum, samples = own.pop("losses").tolist()
+            self.counts.loss_samples = int(samples)
+            load_random_state(own)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ArtifactError(f"{path} does not fit this run: {reason}; remove it to use an older one") from None
@@ -197,7 +201,8 @@ class Loop:
         """Writes a checkpoint, and the lines of the log that belong to it."""
         if self.folder is None:
             return
-        generators = self.processes.gathered(random_state())
+        losses = torch.tensor([self.counts.loss_sum, self.counts.loss_samples], dtype=torch.float64)
+        processes = self.processes.gathered({**random_state(), "losses": losses})
         if not self.processes.writes:
             return
         precision = self.precision.state_dict()
@@ -208,7 +213,7 @@ class Loop:
             **kept,
             "optimizer": optimizer_tensors,
             "ema": self.ema.average if self.ema else {},
-            "random": generators,
+            "process": processes,
         }
         tensors = {f"{prefix}.{name}": tensor for prefix, group in groups.items() for name, tensor in group.items()}
         values = {
