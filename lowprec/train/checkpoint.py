@@ -6,14 +6,12 @@ keeps Python floats exactly, so sums and counts resume bit for bit.
 
 from __future__ import annotations
 
-import random
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -113,31 +111,3 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Te
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def random_state() -> dict[str, Tensor]:
-    """The generators of torch (CPU and current GPU), numpy and Python, as tensors."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - what models draw from, not ours
-    _, internal, next_gauss = random.getstate()
-    tensors = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(np.asarray(keys, np.int64)),
-        "numpy_rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
-        "python": torch.tensor(internal, dtype=torch.int64),
-        "python_rest": torch.tensor([next_gauss is not None, next_gauss or 0.0], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    return tensors
-
-
-def load_random_state(tensors: dict[str, Tensor]) -> None:
-    """Restores `random_state()`."""
-    torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
-    position, has_gauss, gauss = tensors["numpy_rest"].tolist()
-    keys = tensors["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))  # noqa: NPY002 - see random_state
-    has_next, next_gauss = tensors["python_rest"].tolist()
-    random.setstate((random.getstate()[0], tuple(tensors["python"].tolist()), next_gauss if has_next else None))

@@ -1,7 +1,7 @@
 """One run in progress: steps, epochs, checkpoints.
 
-Data order, learning rate and what the transform draws are pure functions of counts, and a checkpoint holds everything
-else, so that a run can stop after any step and continue in the same bits.
+Data order, learning rate and all random numbers are pure functions of counts, and a checkpoint holds everything else,
+so that a run can stop after any step and continue in the same bits.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ from lowprec.train import run
 from lowprec.train.checkpoint import (
     State,
     load_optimizer_state,
-    load_random_state,
     optimizer_state,
-    random_state,
     save_checkpoint,
 )
 from lowprec.train.config import Config
@@ -45,16 +43,19 @@ from lowprec.train.network import (
     check_inputs,
     check_labels,
     logits_of,
+    seed_generators,
 )
 from lowprec.train.processes import Processes
 from lowprec.train.schedule import learning_rate_factor
 
 Inputs = dict[str | None, Tensor]
-Transform = Callable[[Inputs, Tensor, torch.Generator], tuple[Inputs, Tensor]]
-"""transform(inputs, labels, generator): what is done to a batch before a step; all that it draws is from `generator`.
+Transform = Callable[[Inputs, Tensor], tuple[Inputs, Tensor]]
+"""transform(inputs, labels): what is done to a batch before its step, with the generators seeded for that step.
 
 It may change the number of samples, and give labels as probabilities (N, classes).
 """
+
+_STEP, _EVALUATION = 1, 2  # what random numbers are for
 
 
 @dataclass
@@ -189,10 +190,8 @@ class Loop:
             if self.ema is not None:
                 self.ema.load(state.group("ema"))
             self.counts = Counts(**values["counts"])
-            own = state.group(f"process.{self.processes.rank}")
-            self.counts.loss_sum, samples = own.pop("losses").tolist()
+            self.counts.loss_sum, samples = state.tensors[f"process.{self.processes.rank}.losses"].tolist()
             self.counts.loss_samples = int(samples)
-            load_random_state(own)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ArtifactError(f"{path} does not fit this run: {reason}; remove it to use an older one") from None
@@ -202,7 +201,7 @@ class Loop:
         if self.folder is None:
             return
         losses = torch.tensor([self.counts.loss_sum, self.counts.loss_samples], dtype=torch.float64)
-        processes = self.processes.gathered({**random_state(), "losses": losses})
+        processes = self.processes.gathered({"losses": losses})
         if not self.processes.writes:
             return
         precision = self.precision.state_dict()
@@ -237,6 +236,7 @@ class Loop:
 
     def _step(self, index: NDArray[np.int64]) -> None:
         optim, counts, precision = self.config.optim, self.counts, self.precision
+        seed_generators(self.config.run.seed, _STEP, counts.step, self.processes.rank)
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -262,15 +262,12 @@ class Loop:
             self.log.health(precision.health)
 
     def _loss(self, index: NDArray[np.int64]) -> Tensor:
-        counts, rank = self.counts, self.processes.rank
         inputs, labels = batch_of(self.data, index, self.processes.device, self.config.run.channels_last)
         if self.transform is not None:
-            seed = np.random.SeedSequence([self.config.run.seed, counts.step, rank, int(index[0])])
-            generator = torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
-            inputs, labels = self.transform(inputs, labels, generator)
+            inputs, labels = self.transform(inputs, labels)
         with self.precision.forward():
             logits = logits_of(self.called, inputs, labels)
-            if counts.step == 0:
+            if self.counts.step == 0:
                 for samples in filter(None, (self.data, self.test, self.validation)):
                     check_labels(samples, logits.shape[1])
             return F.cross_entropy(logits, labels)
@@ -312,6 +309,7 @@ class Loop:
             self.save()
 
     def _evaluated(self, part: str, samples: Samples) -> dict[str, float]:
+        seed_generators(self.config.run.seed, _EVALUATION, self.counts.step)
         with self.ema.applied(self.model) if self.ema else nullcontext():
             loss, accuracy = evaluate(self.model, samples, self.config.data.batch_size, self.processes.device)
         return {f"{part}_loss": loss, f"{part}_accuracy": accuracy}

@@ -16,7 +16,6 @@ from lowprec.data import Samples
 from lowprec.errors import ConfigError, DataError
 from lowprec.methods import convert
 from lowprec.methods.replace_norm import synchronise_norms
-from lowprec.train.checkpoint import load_random_state, random_state
 from lowprec.train.config import Config, OptimConfig
 from lowprec.train.factory import build_model
 
@@ -24,23 +23,38 @@ from lowprec.train.factory import build_model
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeds torch, numpy and Python, and gives the caller's generators back at the end."""
-    before = random_state()
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    gpu_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 - for models that draw from it
-        random.seed(seed)
+        seed_generators(seed)
         yield
     finally:
-        load_random_state(before)
+        torch.set_rng_state(torch_state)
+        torch.cuda.set_rng_state_all(gpu_states)
+        np.random.set_state(numpy_state)  # noqa: NPY002 - what models draw from, not ours
+        random.setstate(python_state)
+
+
+def seed_generators(*numbers: int) -> None:
+    """Seeds torch, numpy and Python with a hash of `numbers`.
+
+    Done before everything that may draw, so that it is a function of where the run is: a saved state would not be
+    enough, since a package that is imported late can draw a number on the way (rich does).
+    """
+    words = [int(word) for word in np.random.SeedSequence(numbers).generate_state(4)]
+    torch.manual_seed(words[0] << 32 | words[1])
+    np.random.seed(words[2])  # noqa: NPY002 - for models that draw from it
+    random.seed(words[3])
 
 
 def build_network(config: Config, synchronised: bool = False) -> nn.Module:
-    """The model of `[model]`, converted by `[method]`, with `synchronised` batch norms.
+    """The model of `[model]` with the weights of `[run] seed`, converted by `[method]`, its norms `synchronised`.
 
     Raises:
         ConfigError: the factory or the method is wrong.
         UnsupportedError: the method finds nothing to do in this network.
     """
+    seed_generators(config.run.seed)
     model, _ = build_model(config.model.factory, config.model.args)
     if synchronised:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]

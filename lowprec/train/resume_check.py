@@ -94,9 +94,8 @@ def check_resume(
         alone, killed = Path(folder) / "alone", Path(folder) / "killed"
         config_file = Path(folder) / "config.toml"
         write_text(config_file, config.to_toml())
-        started = time.monotonic()
         _finish(_start(config_file, alone, steps))
-        per_step = (time.monotonic() - started) / steps
+        per_step = _seconds_per_step(alone)
         _tell(progress, 1, kills + 2)
         killed_after = []
         for index, target in enumerate(sorted(draws.sample(range(steps), kills))):
@@ -175,6 +174,12 @@ def _kill_after(process: subprocess.Popen[str], folder: Path, step: int, delay: 
     if process.returncode == 9:
         _raise(out)
     return _newest(folder)
+
+
+def _seconds_per_step(folder: Path) -> float:
+    """From the times of the checkpoints of a run, which are one step apart or more."""
+    times = [path.stat().st_mtime for path in checkpoints(folder / run.CHECKPOINTS)]
+    return (times[-1] - times[0]) / max(len(times) - 1, 1)
 
 
 def _newest(folder: Path) -> int:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lowprec.train import run
@@ -108,8 +107,6 @@ class Trainer:
         folder = None if run_folder is None else Path(run_folder)
         with joined(self.config.run.device) as processes, seeded(self.config.run.seed):
             loop = Loop(self.config, processes, folder, self._transform)
-            if processes.rank:
-                torch.manual_seed(self.config.run.seed + processes.rank)  # other dropout on other samples
             if folder is not None and processes.writes:
                 run.open_run(folder, self.config, resume)
             processes.wait()
