@@ -194,16 +194,23 @@ class Precision:
                 bound.held.discard()
                 raise
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         """Backward of the scaled loss; gradients add up in float32, still scaled, until `step`.
 
         A loss that is itself half holds the scale to 2^15, because the scale is its gradient; compute it from the
         model's output, which is float32.
 
+        Args:
+            loss: one number.
+            retain_graph: keep what another backward through the same forward needs.
+
         Raises:
-            UnsupportedError: the loss is not one number that depends on parameters.
+            UnsupportedError: the loss is not one number that depends on parameters, gradients were unscaled already,
+                or they are averaged by a DistributedDataParallel that is not `data_parallel()`.
         """
         bound = self._prepared()
+        if bound.unscaled is not None:
+            raise UnsupportedError("backward after unscale would mix scaled and unscaled gradients; call step first")
         if bound.parallel is not None and not bound.parallel.require_backward_grad_sync:
             raise UnsupportedError("backward under no_sync() would lose the gradients of the other processes; leave it")
         if loss.numel() != 1 or not loss.requires_grad:
@@ -217,7 +224,7 @@ class Precision:
             stack.enter_context(bound.held.recomputation())
             stack.enter_context(bound.probe.backward())
             if bound.hooks is None:
-                torch.autograd.backward(loss)
+                torch.autograd.backward(loss, retain_graph=retain_graph)
                 return
             stack.enter_context(bound.hooks.arithmetic(device_of(bound.model)))
             at_once = bound.update if bound.parallel is None else None
@@ -225,10 +232,25 @@ class Precision:
             scaled = loss * self.scale
             # Not torch.autograd.backward: that is a torch function itself, so the mode would be closed while it runs.
             torch.autograd.Variable._execution_engine.run_backward(
-                (scaled,), (torch.ones_like(scaled),), False, False, (), allow_unreachable=True, accumulate_grad=True
+                (scaled,), (torch.ones_like(scaled),), retain_graph, False, (), allow_unreachable=True,
+                accumulate_grad=True,
+            )  # fmt: skip
+            self._take_averaged(bound)
+
+    def _take_averaged(self, bound: _Bound) -> None:
+        """Gradients of half weights that are there after a backward were averaged over processes by now."""
+        if bound.update is None:
+            return
+        if bound.parallel is None and any(param.grad is not None for param in bound.update.params.values()):
+            raise UnsupportedError(
+                "the model is in a DistributedDataParallel that averages what has been taken already; "
+                "make it with precision.data_parallel()"
             )
-            if bound.update is not None and bound.parallel is not None:
-                bound.update.take(*bound.update.params)  # averaged by now
+        bound.update.take(*bound.update.params)
+
+    def zero_grad(self) -> None:
+        """Drops the gradients of a step that will not be made. Not needed after `step`, which drops them itself."""
+        self._drop_gradients(self._prepared())
 
     def unscale(self) -> None:
         """Divides the gradients by the scale now, once, for callers that look at them or change them before `step`.
