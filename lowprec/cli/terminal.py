@@ -57,6 +57,14 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: st
         say("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def print_diff(text: str) -> None:
+    """A unified diff, in colours on a terminal."""
+    colours = {"+": "\033[32m", "-": "\033[31m", "@": "\033[36m"} if _is_terminal(sys.stdout) else {}
+    for line in text.splitlines():
+        colour = colours.get(line[:1])
+        say(f"{colour}{line}\033[0m" if colour else line)
+
+
 def _styled(cell: str) -> str:
     style = _STYLES.get(cell.lower())
     return f"[{style}]{cell}[/]" if style else cell
