@@ -6,6 +6,8 @@ import json
 import math
 import random
 import shutil
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from lowprec.formats import FP32
 from lowprec.methods import METHODS
 from lowprec.precision import MODES, master_of
 from lowprec.train import Config, is_run, load_run, parse_config
-from lowprec.train.network import batches_of_epoch
+from lowprec.train.config import OptimConfig
+from lowprec.train.network import batches_of_epoch, build_optimizer
 
 USER_NETS = """
 import random
@@ -446,3 +449,27 @@ def test_a_config_may_be_a_path_or_plain_data(tmp_path: Path) -> None:
 def test_mixed_modes_resume_is_refused(run: Path) -> None:
     with pytest.raises(ConfigError, match=r"precision\.mode is 'fp16-master' there, 'fp32' here"):
         Trainer(config("precision.mode=fp32")).fit(run, resume=True)
+
+
+@pytest.mark.parametrize(("name", "fused"), [("sgd", True), ("adamw", True), ("adam", False)])
+def test_torchs_fused_kernels_can_be_asked_for(name: str, fused: bool) -> None:
+    optimizer = build_optimizer(OptimConfig(name=name, fused=fused), torch.nn.Linear(2, 2))
+    assert bool(optimizer.defaults["fused"]) is fused
+
+
+def test_an_optimizer_of_apex_is_used_where_apex_is_and_named_where_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(MissingDependencyError, match=r"needs NVIDIA's apex, .* without 'apex-'"):
+        build_optimizer(OptimConfig(name="apex-adamw"), model)
+
+    class FusedAdam(torch.optim.Optimizer):  # apex itself needs a GPU
+        def __init__(self, params: object, adam_w_mode: bool, **options: object) -> None:
+            super().__init__(params, {"adam_w_mode": adam_w_mode, **options})
+
+    stand_in = types.ModuleType("apex.optimizers")
+    stand_in.FusedAdam = FusedAdam
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", stand_in)
+    optimizer = build_optimizer(OptimConfig(name="apex-adamw", lr=0.5), model)
+    assert type(optimizer) is FusedAdam
+    assert optimizer.defaults == {"adam_w_mode": True, "lr": 0.5, "weight_decay": 5e-4, "betas": (0.9, 0.999)}

@@ -23,7 +23,11 @@ _OPTIONAL = {
     "safetensors": "weights of runs",
     "rich": "tables and progress bars on a terminal",
     "jinja2": "report.html",
-    "torchvision": "folders of images: pip install 'lowprec[data]'",
+    "PIL": "folders and shards of images: pip install 'lowprec[data]'",
+    "torchvision": "CIFAR in its pickled form: pip install 'lowprec[data]'",
+    "tensorboard": "run.tensorboard: pip install 'lowprec[log]'",
+    "lightning_fabric": "the Fabric plugin: pip install 'lowprec[fabric]'",
+    "apex": "optim.name apex-sgd, apex-adam, apex-adamw: built from source, never needed",
 }
 
 

@@ -19,7 +19,7 @@ from lowprec.precision.scale import ScalePolicy
 from lowprec.train.schedule import SCHEDULES
 from lowprec.train.toml import toml_text
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
+OPTIMIZERS = ("sgd", "adam", "adamw", "apex-sgd", "apex-adam", "apex-adamw")
 DEVICES = ("auto", "cpu", "cuda")
 STATISTICS = ("reduce", "sync")
 
@@ -88,7 +88,8 @@ class OptimConfig:
     """`[optim]`: the optimizer and how its learning rate moves.
 
     Args:
-        name: one of `OPTIMIZERS`.
+        name: one of `OPTIMIZERS`; those of apex need apex and a GPU.
+        fused: torch's fused kernels, for those that are torch's.
         lr: the highest learning rate.
         momentum: of sgd; Adam's first beta.
         weight_decay: L2 for sgd and adam, decoupled for adamw.
@@ -105,6 +106,7 @@ class OptimConfig:
     """
 
     name: str = "sgd"
+    fused: bool = False
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4

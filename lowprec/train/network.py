@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lowprec.data import Samples
-from lowprec.errors import ConfigError, DataError
+from lowprec.errors import ConfigError, DataError, MissingDependencyError
 from lowprec.methods import convert
 from lowprec.methods.replace_norm import synchronise_norms
 from lowprec.train.config import Config, OptimConfig
@@ -72,14 +74,39 @@ def _converted(config: Config, model: nn.Module) -> nn.Module:
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of `[optim]` over all parameters of `model`. Raises `ConfigError` if there are none."""
+    """The optimizer of `[optim]` over all parameters of `model`.
+
+    Raises:
+        ConfigError: there are no parameters.
+        MissingDependencyError: one of apex, which is not here.
+    """
     params = list(model.parameters())
     if not params:
         raise ConfigError("the model of [model] has no parameters to train")
-    if config.name == "sgd":
-        return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    adam = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return adam(params, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
+    home, _, name = config.name.rpartition("-")
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    options |= {"momentum": config.momentum} if name == "sgd" else {"betas": (config.momentum, 0.999)}
+    if home:
+        optimizers = _apex_optimizers(config.name)
+        adam = {} if name == "sgd" else {"adam_w_mode": name == "adamw"}
+        made: torch.optim.Optimizer = (optimizers.FusedSGD if name == "sgd" else optimizers.FusedAdam)(
+            params, **options, **adam
+        )
+        return made
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    chosen: torch.optim.Optimizer = kind(params, **options, fused=config.fused or None)
+    return chosen
+
+
+def _apex_optimizers(name: str) -> Any:
+    try:
+        return importlib.import_module("apex.optimizers")
+    except ImportError:
+        raise MissingDependencyError(
+            f"optim.name {name!r} needs NVIDIA's apex, which is built from source "
+            "(APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation git+https://github.com/NVIDIA/apex) "
+            "and is not the package of that name on PyPI; or use the same name without 'apex-'"
+        ) from None
 
 
 def check_inputs(model: nn.Module, samples: Samples) -> None:
