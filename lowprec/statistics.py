@@ -98,7 +98,7 @@ def write_statistics(module: nn.Module, batch: BatchStatistics, landed: bool | T
 
     buffer <- (1 - f) * buffer + f * value, f = momentum, or 1 / (batches so far + 1) for momentum None (a plain
     average), as torch has it. `num_batches_tracked` grows by one. Computed in float64, float32 into float32 in one
-    float32 `lerp` where nothing has to be decided; with every step rounded to the module's `stats_dtype` where it has
+    float32 `lerp`; with every step rounded to the module's `stats_dtype` where it has
     one.
 
     Args:
@@ -114,11 +114,11 @@ def write_statistics(module: nn.Module, batch: BatchStatistics, landed: bool | T
         buffer = getattr(module, name)
         plain = narrow is None and buffer.dtype == value.dtype == torch.float32 and buffer.device == value.device
         # At a factor of 1 an infinite value would come out of a lerp as NaN.
-        if landed is True and plain and isinstance(factor, float) and factor < 1:
-            buffer.lerp_(value, factor)
-            continue
-        dtype = narrow or torch.float64
-        moved = ((1 - factor) * buffer.to(dtype) + factor * value.to(buffer.device, dtype)).to(buffer.dtype)
+        if plain and isinstance(factor, float) and factor < 1:
+            moved = torch.lerp(buffer, value, factor)
+        else:
+            dtype = narrow or torch.float64
+            moved = ((1 - factor) * buffer.to(dtype) + factor * value.to(buffer.device, dtype)).to(buffer.dtype)
         buffer.copy_(moved if landed is True else torch.where(landed.to(buffer.device), moved, buffer))
     tracked = getattr(module, "num_batches_tracked", None)
     if tracked is not None and not isinstance(module, _InstanceNorm):

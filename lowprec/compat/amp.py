@@ -227,7 +227,7 @@ def state_dict(destination: dict[str, Any] | None = None) -> dict[str, Any]:
     state = {} if destination is None else destination
     for index, session in enumerate(_sessions):
         own = session.precision.state_dict()
-        state[f"loss_scaler{index}"] = {"loss_scale": own["scale"], "unskipped": own["landed_in_a_row"]}
+        state[f"loss_scaler{index}"] = {"loss_scale": own["scale"], "unskipped": own.get("landed_in_a_row", 0)}
         state[f"precision{index}"] = own
     return state
 

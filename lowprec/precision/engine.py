@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
-from lowprec.errors import ConfigError, ScaleFloorError, UnsupportedError
-from lowprec.precision.averaging import data_parallel, is_sharded, whole
+from lowprec.errors import ConfigError, UnsupportedError
+from lowprec.precision.averaging import data_parallel, is_sharded
+from lowprec.precision.conditional import ConditionalStep
 from lowprec.precision.health import Health, HealthProbe
 from lowprec.precision.hooks import HalfHooks, device_of, has_half_hooks
+from lowprec.precision.masters import master_of
 from lowprec.precision.modes import Mode, mode_named
 from lowprec.precision.overflow import OverflowWatch
-from lowprec.precision.scale import LossScale, ScalePolicy, is_power_of_two
+from lowprec.precision.scale import ScalePolicy
+from lowprec.precision.scaling import DeviceScaling, HostScaling, Scaling
 from lowprec.precision.updates import KEPT, UPDATES, Update
 from lowprec.statistics import CopiedStatistics, HeldStatistics
 
@@ -40,9 +43,11 @@ class _Bound:
         self.update: Update | None = None
         self.probe = probe
         self.parallel: DistributedDataParallel | None = None
-        self.unscaled: bool | None = None  # whether the gradients that were unscaled already are finite
+        self.scaling: Scaling | None = None
+        self.unscaled: bool | Tensor | None = None  # whether the gradients that were unscaled already are finite
         self.held: HeldStatistics | CopiedStatistics = HeldStatistics(model)
         self.watch = OverflowWatch(model)
+        self.step = ConditionalStep(optimizer)
 
 
 class Precision:
@@ -60,6 +65,8 @@ class Precision:
             gradient is not hidden, it reaches the weights.
         init_scale: see `ScalePolicy`, as for the arguments that follow. All scales are powers of two.
         health_every: of so many steps one is measured for `health`; 0 for none.
+        synchronise: whether each step waits for the device to know whether it landed; by default on a CPU only. Where
+            it does not, overflows are named by their gradient alone, and `ScaleFloorError` comes up to 16 steps late.
 
     Raises:
         ConfigError: an unknown mode, or values that contradict each other.
@@ -76,16 +83,17 @@ class Precision:
         max_scale: float = 2.0**24,
         hysteresis: int = 1,
         health_every: int = 200,
+        synchronise: bool | None = None,
     ) -> None:
         if isinstance(health_every, bool) or not isinstance(health_every, int) or health_every < 0:
             raise ConfigError(f"health_every is {health_every}; give a whole number of steps, or 0 for never")
         self.health_every = health_every
         self._steps = 0
         self._mode: Mode = mode_named(mode)
-        self._scale = LossScale.start(
-            ScalePolicy(init_scale, growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis)
+        self._policy = ScalePolicy(
+            init_scale, growth_factor, backoff_factor, growth_interval, min_scale, max_scale, hysteresis
         )
-        self._last_overflow: str | None = None
+        self._synchronise = synchronise
         self._bound: _Bound | None = None
 
     @property
@@ -95,13 +103,17 @@ class Precision:
 
     @property
     def scale(self) -> float:
-        """The loss scale now; 1 in modes without one."""
-        return self._scale.value if self._mode.scaled else 1.0
+        """The loss scale now; 1 in modes without one. Where steps do not synchronise, reading it does."""
+        if not self._mode.scaled:
+            return 1.0
+        scaling = self._bound.scaling if self._bound else None
+        return scaling.value if scaling else float(self._policy.init_scale)
 
     @property
     def last_overflow(self) -> str | None:
         """Where the last overflow began, in a phrase that names the layer; None if there was none."""
-        return self._last_overflow
+        scaling = self._bound.scaling if self._bound else None
+        return scaling.last_overflow if scaling else None
 
     @property
     def health(self) -> Health | None:
@@ -129,6 +141,11 @@ class Precision:
                 bound.update = UPDATES[self._mode.update](model, optimizer, half)
             bound.hooks = HalfHooks(half, autocast=bound.update is None)
             bound.hooks.install(model)
+        if self._mode.scaled:
+            device = device_of(model)
+            at_once = device.type == "cpu" if self._synchronise is None else self._synchronise
+            policy, watch = self._policy, bound.watch
+            bound.scaling = HostScaling(policy, watch) if at_once else DeviceScaling(policy, watch, device)
         self._bound = bound
         return model, optimizer
 
@@ -187,7 +204,7 @@ class Precision:
                 stack.enter_context(bound.hooks.arithmetic(device_of(bound.model)))
             if self._mode.scaled:
                 stack.enter_context(bound.watch.forward())
-            stack.enter_context(bound.probe.forward(self._steps, self.scale))
+            stack.enter_context(bound.probe.forward(self._steps, bound.scaling.factor if bound.scaling else 1.0))
             try:
                 yield
             except BaseException:
@@ -229,7 +246,7 @@ class Precision:
             stack.enter_context(bound.hooks.arithmetic(device_of(bound.model)))
             at_once = bound.update if bound.parallel is None else None
             stack.enter_context(bound.watch.backward(loss, lambda name: at_once.take(name) if at_once else None))
-            scaled = loss * self.scale
+            scaled = loss * (bound.scaling.factor if bound.scaling else 1.0)
             # Not torch.autograd.backward: that is a torch function itself, so the mode would be closed while it runs.
             torch.autograd.Variable._execution_engine.run_backward(
                 (scaled,), (torch.ones_like(scaled),), retain_graph, False, (), allow_unreachable=True,
@@ -262,8 +279,8 @@ class Precision:
         """
         bound = self._prepared()
         if bound.unscaled is None:
-            params = self._parameters_with_gradient(bound)
-            bound.unscaled = not self._mode.scaled or self._unscale(params)
+            named = self._gradients(bound)
+            bound.unscaled = bound.scaling is None or bound.scaling.judge(list(named), list(named.values()))
 
     def step(
         self, loss: Tensor | None = None, clip_norm: float | None = None, clip_value: float | None = None
@@ -293,19 +310,24 @@ class Precision:
         if loss is not None:
             self.backward(loss)
         self.unscale()
-        landed = bool(bound.unscaled)
-        if landed:
-            self._land(bound, clip_norm, clip_value)
-        else:
+        landed = bound.unscaled
+        assert landed is not None
+        if bound.scaling is not None:
             with bound.held.recomputation():
-                self._last_overflow = bound.watch.explain(self.scale)
+                bound.scaling.explain(landed)
+        if landed is not False:
+            self._land(bound, landed, clip_norm, clip_value)
         bound.held.commit(landed)
         bound.probe.finish()
         self._steps += 1
         self._drop_gradients(bound)
-        self._update_scale(landed)
+        try:
+            if bound.scaling is not None:
+                bound.scaling.settle(landed)
+        finally:
+            bound.watch.reset()
         device = device_of(bound.model)
-        return landed if device.type == "cpu" else torch.tensor(landed, device=device)
+        return torch.tensor(landed, device=device) if isinstance(landed, bool) and device.type != "cpu" else landed
 
     def wide_weights(self) -> dict[str, Tensor]:
         """Every parameter by name as the optimizer knows it: float32 masters, weight plus Kahan term, else itself."""
@@ -322,9 +344,7 @@ class Precision:
         return {
             "mode": self.mode,
             "steps": self._steps,
-            "scale": self.scale,
-            "landed_in_a_row": self._scale.landed_in_a_row,
-            "overflows_left": self._scale.overflows_left,
+            **(bound.scaling.state() if bound.scaling else {"scale": 1.0}),
             **{kind: {} for kind in KEPT},
             **(bound.update.state() if bound.update else {}),
         }
@@ -349,18 +369,11 @@ class Precision:
                     raise ConfigError(
                         f"the precision state is of another model: {name!r} is {found} there, {wanted} here"
                     )
-        self._load_scale(state)
+        if bound.scaling is not None:
+            bound.scaling.load(state)
         self._steps = int(state["steps"])
         if bound.update is not None:
             bound.update.load(state)
-
-    def _load_scale(self, state: dict[str, Any]) -> None:
-        if not self._mode.scaled:
-            return
-        policy, value = self._scale.policy, state["scale"]
-        if not is_power_of_two(value) or not policy.min_scale <= value <= policy.max_scale:
-            raise ConfigError(f"the stored loss scale {value} is outside {policy.min_scale} to {policy.max_scale}")
-        self._scale = LossScale(policy, float(value), int(state["landed_in_a_row"]), int(state["overflows_left"]))
 
     def _check(self, model: nn.Module, optimizer: Optimizer) -> None:
         if self._bound is not None:
@@ -382,7 +395,7 @@ class Precision:
             raise UnsupportedError("nothing is prepared; call precision.prepare(model, optimizer) first")
         return self._bound
 
-    def _land(self, bound: _Bound, clip_norm: float | None, clip_value: float | None) -> None:
+    def _land(self, bound: _Bound, landed: bool | Tensor, clip_norm: float | None, clip_value: float | None) -> None:
         with bound.update.opened() if bound.update else nullcontext():
             params = [param for group in bound.optimizer.param_groups for param in group["params"]]
             if clip_value is not None:
@@ -390,27 +403,21 @@ class Precision:
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(params, clip_norm)
             with bound.probe.update(bound.update.params if bound.update else {}):
-                bound.optimizer.step()
+                bound.step(landed)
 
-    def _parameters_with_gradient(self, bound: _Bound) -> list[Tensor]:
+    def _gradients(self, bound: _Bound) -> dict[str, Tensor]:
+        """By the name of the parameter, where the model has it, else a number."""
         if bound.update is not None:
             bound.update.check(bound.optimizer)
             bound.update.present()
-        params: list[Tensor] = [param for group in bound.optimizer.param_groups for param in group["params"]]
+        params = [param for group in bound.optimizer.param_groups for param in group["params"]]
         params = [param for param in params if param.grad is not None]
         if not params:
             raise UnsupportedError("step found no gradient; pass the loss, or call precision.backward(loss) before it")
-        if any(param.grad is not None and param.grad.is_sparse for param in params):
+        if any(param.grad.is_sparse for param in params):
             raise UnsupportedError("a gradient is sparse; build the embedding with sparse=False")
-        return params
-
-    @torch.no_grad()
-    def _unscale(self, params: list[Tensor]) -> bool:
-        """Multiplies gradients by 1/scale and says whether all are finite."""
-        grads = [param.grad for param in params if param.grad is not None]
-        torch._foreach_mul_(grads, 1.0 / self.scale)
-        largest = torch._foreach_norm(grads, float("inf"))  # NaN and infinity survive a maximum
-        return bool(torch.stack([whole(value).to(largest[0].device) for value in largest]).isfinite().all())
+        names = {id(master_of(param)): name for name, param in bound.model.named_parameters()}
+        return {names.get(id(param), str(index)): param.grad for index, param in enumerate(params)}
 
     def _drop_gradients(self, bound: _Bound) -> None:
         bound.unscaled = None
@@ -418,16 +425,3 @@ class Precision:
         bound.model.zero_grad(set_to_none=True)
         if bound.update is not None:
             bound.update.forget()
-
-    def _update_scale(self, landed: bool) -> None:
-        bound = self._prepared()
-        bound.watch.reset()
-        if not self._mode.scaled:
-            return
-        if not landed and self._scale.exhausted:
-            raise ScaleFloorError(
-                f"the loss scale is at its floor of {self.scale:g} and gradients still overflow, first in "
-                f"{self._last_overflow}; weights and buffers are as before this step: lower the learning rate, "
-                "normalise that layer, or keep it wide"
-            )
-        self._scale = self._scale.update(landed)

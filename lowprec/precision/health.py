@@ -66,9 +66,9 @@ class Health:
         fmt: the half format whose range counts.
     """
 
-    def __init__(self, step: int, scale: float, fmt: FloatFormat) -> None:
+    def __init__(self, step: int, scale: float | Tensor, fmt: FloatFormat) -> None:
         self.step = step
-        self.scale = scale
+        self._scale = scale
         self._fmt = fmt
         self._measured: list[tuple[str, str, str, int, Tensor]] = []
         self._statistics: list[tuple[str, str, Tensor]] = []
@@ -91,6 +91,11 @@ class Health:
                 for key, buffer in module.named_buffers(recurse=False):
                     if buffer.is_floating_point() and buffer.numel():
                         self._statistics.append((name, key, buffer.isfinite().all()))
+
+    @cached_property
+    def scale(self) -> float:
+        """The loss scale in it."""
+        return float(self._scale)
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -150,7 +155,7 @@ class HealthProbe:
         self.last: Health | None = None
 
     @contextmanager
-    def forward(self, step: int, scale: float) -> Iterator[None]:
+    def forward(self, step: int, scale: float | Tensor) -> Iterator[None]:
         """While open, outputs of modules without children are measured, if it is this step's turn."""
         if self._every and step % self._every == 0 and torch.is_grad_enabled():
             self._current = self._current or Health(step, scale, self._fmt)

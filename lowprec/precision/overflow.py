@@ -72,12 +72,18 @@ class OverflowWatch:
         if self._loss is not None and not bool(torch.isfinite(self._loss).all()):
             return f"the loss, which is {float(self._loss):g} before scaling, while every layer's output is finite"
         params = dict(self._model.named_parameters())
-        for name in self._arrived:
-            grad = master_of(params[name]).grad
-            if grad is not None and not bool(torch.isfinite(grad).all()):
-                kind = type(self._model.get_submodule(name.rpartition(".")[0])).__name__
-                return f"the gradient of {name!r} ({kind}), the nearest to the loss not finite, at scale {scale:g}"
-        return f"a gradient that no parameter of the model owns, at scale {scale:g}"
+        return self.gradient_phrase(next((name for name in self._arrived if _overflowed(params[name])), None), scale)
+
+    def order(self) -> list[str]:
+        """Names of the parameters in the order in which their gradients arrived."""
+        return list(self._arrived)
+
+    def gradient_phrase(self, name: str | None, scale: float) -> str:
+        """What is said of the parameter whose gradient is the nearest to the loss that is not finite."""
+        if name is None:
+            return f"a gradient that no parameter of the model owns, at scale {scale:g}"
+        kind = type(self._model.get_submodule(name.rpartition(".")[0])).__name__
+        return f"the gradient of {name!r} ({kind}), the nearest to the loss not finite, at scale {scale:g}"
 
     @torch.no_grad()
     def _origin_in_forward(self) -> str | None:
@@ -126,6 +132,11 @@ def _output_check(name: str, found: list[str]) -> Any:
             found.append(f"{what} ({type(module).__name__}) in the forward")
 
     return check
+
+
+def _overflowed(param: Tensor) -> bool:
+    grad = master_of(param).grad
+    return grad is not None and not bool(torch.isfinite(grad).all())
 
 
 def _finite(tree: Any) -> bool:
