@@ -33,7 +33,7 @@ def verify(
     Args:
         bundle: the folder.
         backends: run these only; each must be able to run here. None runs all that can and lists the others.
-        data: also judge on these samples (`digits`, a folder of images, an `.npz`), model.onnx in float64 as the truth.
+        data: also judge on these samples (anything that `load_data` takes), model.onnx in float64 as the truth.
         manifest_sha256: the hash that the manifest must have.
         limits: the bands of the verdict.
         progress: called with (done, total).

@@ -1,9 +1,10 @@
-"""Samples: the three sources, the split, and every refusal."""
+"""Samples: arrays and folders of images, the split, and every refusal."""
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -140,13 +141,14 @@ def test_an_npz_that_cannot_be_used_is_refused_in_one_line(case: str, tmp_path: 
 
 
 def test_missing_damaged_and_unknown_sources_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"'nowhere' is not there: give `digits`, an .npz file, or a folder"):
+    understood = "give `digits`, an .npz file, .*images by class .*CIFAR-10 or CIFAR-100 folder, or tar shards"
+    with pytest.raises(DataError, match=f"'nowhere' is not there: {understood}"):
         load_data("nowhere")
     (tmp_path / "d.npz").write_bytes(b"PK\x03\x04 but cut short")
     with pytest.raises(DataError, match=r"d\.npz is not .*npz"):
         load_data(tmp_path / "d.npz")
     (tmp_path / "d.csv").write_text("1,2")
-    with pytest.raises(DataError, match=r"is a .csv file"):
+    with pytest.raises(DataError, match=f"is a .csv file; {understood}"):
         load_data(tmp_path / "d.csv")
     with pytest.raises(ConfigError, match="unknown split 'dev'"):
         load_data("digits", "dev")  # type: ignore[arg-type]
@@ -190,7 +192,10 @@ def _wide(folder: Path) -> None:
 
 
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "size": (lambda folder: _picture(folder / "a" / "2.png", size=(5, 3)), "2.png is 5x3, .*1.png is 4x3"),
+    "size": (
+        lambda folder: _picture(folder / "a" / "2.png", size=(5, 3)),
+        "2.png is 5x3, .*1.png is 4x3; .* resize or crop",
+    ),
     "damaged": (lambda folder: (folder / "a" / "2.png").write_bytes(b"\x89PNG no"), "2.png cannot be read as an image"),
     "other file": (lambda folder: (folder / "a" / "notes.txt").write_text("x"), "notes.txt is not an image"),
     "empty class": (lambda folder: (folder / "b").mkdir(), "the class folder .*b is empty"),
@@ -214,6 +219,68 @@ def test_a_folder_without_classes_is_refused(tmp_path: Path) -> None:
         load_data(tmp_path)
 
 
+def _parted(folder: Path, test: str = "val") -> Path:
+    """Two classes in both parts, their pictures of different greys."""
+    for number, name in enumerate(["train/b/1", "train/a/1", "train/a/2", f"{test}/a/1", f"{test}/b/1"]):
+        _picture(folder / f"{name}.png", 51 * number)
+    return folder
+
+
+@pytest.mark.parametrize("test", ["val", "test", "validation"])
+def test_a_folder_with_parts_of_its_own_keeps_them(test: str, tmp_path: Path) -> None:
+    _parted(tmp_path, test)
+    (tmp_path / "README.txt").write_text("x")
+    (tmp_path / ".cache").mkdir()
+    everything = load_data(tmp_path)
+    assert everything.labels is not None
+    assert everything.labels.tolist() == [0, 0, 1, 0, 1]
+    assert (everything.inputs[None][:, 0, 0, 0] * 5).tolist() == pytest.approx([1, 2, 0, 3, 4])
+    for fraction in (0.01, 0.99):
+        train, held_out = (load_data(tmp_path, split, test_fraction=fraction) for split in ("train", "test"))  # type: ignore[arg-type]
+        assert train.fingerprint == load_data(tmp_path / "train").fingerprint
+        assert held_out.fingerprint == load_data(tmp_path / test).fingerprint
+    assert load_data(tmp_path / "train").held_out is None
+
+
+def test_a_colour_image_in_one_part_makes_both_rgb(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 3), (255, 0, 0)).save(_parted(tmp_path) / "val" / "b" / "2.png")
+    assert load_data(tmp_path, "train").inputs[None].shape == (3, 3, 3, 4)
+
+
+def test_classes_may_be_called_train_and_test(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        _picture(tmp_path / name / "1.png")
+    samples = load_data(tmp_path)
+    assert samples.labels is not None
+    assert samples.labels.tolist() == [0, 1]
+    assert samples.held_out is None
+
+
+BAD_PARTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "three": (lambda folder: _picture(folder / "test" / "a" / "1.png"), "has the parts test, train, val; leave train"),
+    "no train": (lambda folder: (folder / "train").rename(folder / "test"), "has the parts test, val; leave train and"),
+    "train alone": (lambda folder: (folder / "val").rename(folder / ".val"), "has the parts train; leave train and"),
+    "class": (
+        lambda folder: (folder / "val" / "b").rename(folder / "val" / "c"),
+        "1 classes are in train alone and 1 in val alone, the first of them b; give both the same class sub-folders",
+    ),
+    "unsorted": (
+        lambda folder: (shutil.rmtree(folder / "val"), _picture(folder / "val" / "1.png")),
+        "2 classes are in train alone and 0 in val alone",
+    ),
+    "size": (lambda folder: _picture(folder / "val" / "b" / "2.png", size=(5, 3)), "2.png is 5x3, .*1.png is 4x3"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PARTS)
+def test_parts_that_do_not_fit_are_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    spoil, message = BAD_PARTS[case]
+    spoil(_parted(tmp_path))
+    with pytest.raises(DataError, match=message) as caught:
+        load_data(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _picture(tmp_path / "a" / "1.png")
     monkeypatch.setitem(sys.modules, "PIL", None)
@@ -228,3 +295,12 @@ def test_the_module_loads_no_torch() -> None:
     code = "import sys, lowprec.data; sys.exit('torch' in sys.modules or 'sklearn' in sys.modules)"
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}).returncode == 0
+
+
+def test_a_part_of_a_source_with_its_own_test_part_can_be_parted_again() -> None:
+    samples = Samples.of({None: np.arange(20.0)[:, None]}, np.zeros(20, np.int64), "given", np.arange(20) >= 15)
+    train = part_of(samples, "train")
+    assert train.inputs[None][:, 0].tolist() == list(range(15))
+    validation = part_of(train, "test", 0.2)
+    assert len(validation) == 3
+    assert set(validation.inputs[None][:, 0]) <= set(range(15))

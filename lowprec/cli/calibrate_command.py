@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `lowprec calibrate`."""
     parser.add_argument("model", help="a run folder, or MODULE:FACTORY")
     parser.add_argument(
-        "--data", metavar="DATA", help="digits, a folder of images, or an .npz (default: the run's own)"
+        "--data",
+        metavar="DATA",
+        help="digits, an .npz, a folder of images or of CIFAR, tar shards (default: the run's own)",
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="where to write calibration.json")
 

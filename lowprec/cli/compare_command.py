@@ -12,7 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `lowprec compare`."""
     parser.add_argument("reference", help="an .onnx file, a run folder, or MODULE:FACTORY; taken as the truth")
     parser.add_argument("candidate", help="the same kinds, or an .engine; judged against the reference")
-    parser.add_argument("--data", metavar="DATA", required=True, help="digits, a folder of images, or an .npz")
+    parser.add_argument(
+        "--data", metavar="DATA", required=True, help="digits, an .npz, a folder of images or of CIFAR, tar shards"
+    )
     parser.add_argument(
         "--precision",
         choices=("fp32", "fp16", "bf16"),

@@ -18,7 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="of the ONNX file to build from (default: the replaced engine's, else narrowest)",
     )
-    parser.add_argument("--data", metavar="DATA", help="also judge on these samples: digits, a folder, an .npz")
+    parser.add_argument(
+        "--data",
+        metavar="DATA",
+        help="also judge on these samples: digits, an .npz, a folder of images or of CIFAR, tar shards",
+    )
     parity_table.add_claims(parser)
     add_build_arguments(parser)
 

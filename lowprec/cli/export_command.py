@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
         metavar="DATA",
-        help="digits, a folder of images, or an .npz (default: the run's own data; for an .onnx file random inputs, "
-        "of which int8 is not made)",
+        help="digits, an .npz, a folder of images or of CIFAR, tar shards (default: the run's own data; for an .onnx "
+        "file random inputs, of which int8 is not made)",
     )
     parser.add_argument(
         "--dynamic",

@@ -14,7 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", nargs="+", metavar="NAME", help="run these only, and fail (3) where one is not available"
     )
-    parser.add_argument("--data", metavar="DATA", help="also judge on these samples: digits, a folder, an .npz")
+    parser.add_argument(
+        "--data",
+        metavar="DATA",
+        help="also judge on these samples: digits, an .npz, a folder of images or of CIFAR, tar shards",
+    )
     parser.add_argument("--manifest-sha256", metavar="HEX", help="the hash that manifest.json must have")
     parser.add_argument(
         "--bench",

@@ -63,7 +63,9 @@ class PrecisionConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """`[data]`: `digits`, an .npz or a folder of images; `test_fraction` of the samples is held out.
+    """`[data]`: anything that `load_data` takes; `test_fraction` of the samples is held out.
+
+    A source with a test part of its own (CIFAR, images under `train` and `val`) holds that out, whatever the fraction.
 
     `batch_size` is an upper bound: an epoch is cut into batches of nearly equal size, so that no batch is so small
     that its statistics mean nothing. With `validation_fraction` that share of the training part is taken out of it and
