@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.benchmarks import folding, fused_norm, norm_matters  # noqa: E402 - run from the root
+from tests.benchmarks import folding, fused_norm, half_training, norm_matters  # noqa: E402 - run from the root
 
 TASK = norm_matters.Task.of("digits", 1)
 ONE_OF_EACH = {(cell.question, cell.line): cell for cell in norm_matters.cells(TASK) if cell.seed == 0}
@@ -68,3 +68,15 @@ def test_the_readme_shows_the_stored_run_of_the_fused_norms():
     step = stored["resnet18"]
     assert f"is {step['median']:.2f} ({step['q1']:.2f} to {step['q3']:.2f}) times as fast" in readme
     assert stored["missed"] == []
+
+
+def test_the_benchmark_of_half_training_runs_and_the_readme_shows_its_stored_run(tmp_path):
+    status = half_training.main(["--only", "trainer", "--rounds", "1", "--output", str(tmp_path / "found.json")])
+    assert status in (0, 1)  # the bar is for a quiet machine
+    (row,) = json.loads((tmp_path / "found.json").read_text())
+    assert row["rounds"] == 2 * 22  # two epochs of 23 steps, without the first of each
+    stored = json.loads((ROOT / "tests" / "benchmarks" / "results" / "half_training.json").read_text())
+    assert all(row["held"] for row in stored if "held" in row)
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for words in half_training.readme_lines(stored):
+        assert words in readme

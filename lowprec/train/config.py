@@ -42,7 +42,7 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """`[precision]`: the arguments of `lowprec.Precision`."""
+    """`[precision]`: the arguments of `lowprec.Precision`, but `synchronise`: the trainer looks at every step."""
 
     mode: str = "fp16-master"
     init_scale: float = 2.0**16

@@ -94,7 +94,7 @@ class Loop:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(config.optim, self.model)
         attach(self.model, self.optimizer)
-        self.precision = Precision(**asdict(config.precision))
+        self.precision = Precision(**asdict(config.precision), synchronise=True)  # the rate waits for `landed` anyway
         self.precision.prepare(self.model, self.optimizer)
         if config.run.compile:
             self.precision.compile()

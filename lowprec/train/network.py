@@ -44,7 +44,9 @@ def seed_generators(*numbers: int) -> None:
     enough, since a package that is imported late can draw a number on the way (rich does).
     """
     words = [int(word) for word in np.random.SeedSequence(numbers).generate_state(4)]
-    torch.manual_seed(words[0] << 32 | words[1])
+    torch.default_generator.manual_seed(words[0] << 32 | words[1])  # torch.manual_seed asks every kind of device
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(words[0] << 32 | words[1])
     np.random.seed(words[2])  # noqa: NPY002 - for models that draw from it
     random.seed(words[3])
 
