@@ -97,6 +97,15 @@ def test_no_number_is_read_back_once_the_optimizer_has_its_state(mode: str, opti
     assert reads.count > 0  # the counter sees what there is to see
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_hooks_on_the_optimizer_see_the_steps_that_land_only(optimizer: str) -> None:
+    model, precision, made = prepared("fp16-master", optimizer, synchronise=False)
+    calls: list[str] = []
+    made.register_step_post_hook(lambda *_: calls.append("after"))
+    landed = [bool(step(model, precision, factor)) for factor in (1.0, math.inf, 1.0, math.inf, 1.0)]
+    assert (landed, len(calls)) == ([True, False, True, False, True], 3)
+
+
 def test_the_layer_is_named_and_the_floor_raises_so_many_steps_later() -> None:
     model, precision, made = prepared("fp16-master", "momentum", synchronise=False, init_scale=1.0, min_scale=0.5)
     step(model, precision)

@@ -347,12 +347,17 @@ def test_a_signal_saves_and_leaves_with_a_clear_line(number: signal.Signals, sta
     assert "Traceback" not in err
 
 
-def test_resuming_a_finished_run_says_so_and_touches_no_file(tmp_path: Path) -> None:
+def test_resuming_a_finished_run_says_so_and_touches_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from lowprec.cli import main
 
     (tmp_path / "short.toml").write_text(LONG.replace("400", "1"))
     arguments = ["train", str(tmp_path / "short.toml"), "-o", str(tmp_path / "run"), "--resume"]
-    assert main(arguments) == 0  # --resume without a checkpoint starts from the beginning
+    assert main([*arguments, "--json"]) == 0  # --resume without a checkpoint starts from the beginning
+    told = json.loads(capsys.readouterr().out)
+    assert (told["finished"], told["steps"], told["run_folder"]) == (True, 90, str(tmp_path / "run"))
+    assert 0.5 < told["accuracy"] <= 1
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in (tmp_path / "run").rglob("*")}
     done = subprocess.run([sys.executable, "-m", "lowprec", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0

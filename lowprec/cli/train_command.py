@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lowprec.cli.terminal import note, progress, say
+from lowprec.cli.terminal import note, print_json, progress, say
 
 INTERRUPTED = {signal.SIGTERM: 143, signal.SIGINT: 130}
 """The exit status after each signal that saves and stops a run: 128 and its number, as shells have it."""
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on from the last checkpoint of the run folder, if there is one"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("--json", action="store_true", help="print one JSON document about the run")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,9 +50,13 @@ def run(args: argparse.Namespace) -> int:
         result = trainer.fit(args.output, resume=args.resume, stop=lambda: bool(stopped))
     if not is_first():
         return 0
+    if args.json:
+        print_json(result.to_json())
     if not result.finished:
         note(f"stopped by {stopped[0].name} after step {result.steps}; a checkpoint is saved, go on with --resume")
         return INTERRUPTED[stopped[0]]
+    if args.json:
+        return 0
     if result.resumed_at == result.steps and args.resume:
         say(f"{args.output} is finished already, after {result.steps} steps; nothing was changed")
     say(f"held-out accuracy {result.accuracy:.2%} after {result.landed} steps, {result.skipped} skipped")

@@ -28,7 +28,7 @@ class ConditionalStep:
         if isinstance(landed, bool):
             if landed:
                 self._optimizer.step()
-        elif getattr(self._optimizer, "_step_supports_amp_scaling", False) and self._is_fused():
+        elif self._is_fused():
             self._optimizer.found_inf = (~landed).float()  # type: ignore[attr-defined]
             try:
                 self._optimizer.step()
@@ -42,7 +42,13 @@ class ConditionalStep:
             self._step_and_choose(landed)
 
     def _is_fused(self) -> bool:
-        return all(group.get("fused") for group in self._optimizer.param_groups)
+        fused = all(group.get("fused") for group in self._optimizer.param_groups)
+        supported = getattr(self._optimizer, "_step_supports_amp_scaling", False)
+        return fused and bool(supported) and not self._is_hooked()
+
+    def _is_hooked(self) -> bool:
+        """Whether something of the user's or of a method's counts on being called for steps that land only."""
+        return bool(self._optimizer._optimizer_step_pre_hooks or self._optimizer._optimizer_step_post_hooks)
 
     def _state_names(self) -> set[tuple[int, str]]:
         return {(id(param), key) for param, state in self._optimizer.state.items() for key in state}
@@ -51,8 +57,7 @@ class ConditionalStep:
         """Whether something moves with a step that is no tensor on the device."""
         values = [value for state in self._optimizer.state.values() for value in state.values() if value is not None]
         elsewhere = any(not isinstance(value, Tensor) or value.device.type != device.type for value in values)
-        hooks = self._optimizer._optimizer_step_pre_hooks or self._optimizer._optimizer_step_post_hooks
-        return elsewhere or bool(hooks)
+        return elsewhere or self._is_hooked()
 
     @torch.no_grad()
     def _step_and_choose(self, landed: Tensor) -> None:

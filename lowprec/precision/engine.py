@@ -26,6 +26,7 @@ from lowprec.precision.modes import Mode, mode_named
 from lowprec.precision.overflow import OverflowWatch
 from lowprec.precision.scale import ScalePolicy
 from lowprec.precision.scaling import DeviceScaling, HostScaling, Scaling
+from lowprec.precision.transforms import transforms_of
 from lowprec.precision.updates import KEPT, UPDATES, Update
 from lowprec.statistics import CopiedStatistics, HeldStatistics
 
@@ -48,6 +49,8 @@ class _Bound:
         self.held: HeldStatistics | CopiedStatistics = HeldStatistics(model)
         self.watch = OverflowWatch(model)
         self.step = ConditionalStep(optimizer)
+        self.transforms = transforms_of(optimizer)
+        self.transforms.managed = True
 
 
 class Precision:
@@ -396,7 +399,12 @@ class Precision:
         return self._bound
 
     def _land(self, bound: _Bound, landed: bool | Tensor, clip_norm: float | None, clip_value: float | None) -> None:
+        if bound.transforms:
+            landed = bool(landed)  # they keep state on the host
+            if not landed:
+                return
         with bound.update.opened() if bound.update else nullcontext():
+            bound.transforms.apply()
             params = [param for group in bound.optimizer.param_groups for param in group["params"]]
             if clip_value is not None:
                 nn.utils.clip_grad_value_(params, clip_value)
@@ -421,6 +429,7 @@ class Precision:
 
     def _drop_gradients(self, bound: _Bound) -> None:
         bound.unscaled = None
+        bound.transforms.discard()
         bound.optimizer.zero_grad(set_to_none=True)
         bound.model.zero_grad(set_to_none=True)
         if bound.update is not None:

@@ -54,6 +54,14 @@ class TrainResult:
     resumed_at: int
     run_folder: Path | None
 
+    def to_json(self) -> dict[str, Any]:
+        """All but the model as plain data; what is not finite is None."""
+        values = {name: value for name, value in vars(self).items() if name != "model"}
+        values["accuracy"] = None if math.isnan(self.accuracy) else self.accuracy
+        values["losses"] = [None if math.isnan(loss) else loss for loss in self.losses]
+        values["run_folder"] = None if self.run_folder is None else str(self.run_folder)
+        return values
+
 
 class Trainer:
     """Trains the classifier that a config describes, in one process or in those that torchrun started.

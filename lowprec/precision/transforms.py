@@ -1,0 +1,62 @@
+"""What methods do to gradients between their average and the optimizer: preconditioning, adaptive clipping.
+
+The right moment is after unscaling and averaging and before clipping and momentum. Where a `Precision` makes the steps
+it calls them there. In any other loop the optimizer's own hook does, which is after the caller's clipping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.optim import Optimizer
+
+
+class GradientTransform(Protocol):
+    """One method on one optimizer."""
+
+    def apply(self) -> None:
+        """Changes gradients in place, float32 and unscaled, found at `master_of(param).grad`. The step will land."""
+
+    def discard(self) -> None:
+        """Forgets what belongs to gradients that are dropped, after a step or without one."""
+
+
+class GradientTransforms:
+    """Those of one optimizer; see `transforms_of`."""
+
+    def __init__(self) -> None:
+        self.managed = False
+        """Whether a `Precision` calls them."""
+        self._transforms: list[GradientTransform] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._transforms)
+
+    def add(self, optimizer: Optimizer, transform: GradientTransform) -> list[Callable[[], None]]:
+        """Adds one; returns what takes it off."""
+        self._transforms.append(transform)
+        pre = optimizer.register_step_pre_hook(lambda *_: None if self.managed else transform.apply())
+        post = optimizer.register_step_post_hook(lambda *_: None if self.managed else transform.discard())
+        return [pre.remove, post.remove, lambda: self._transforms.remove(transform)]
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """In the order in which they were added."""
+        for transform in self._transforms:
+            transform.apply()
+
+    def discard(self) -> None:
+        """Forgets what belongs to gradients that are dropped."""
+        for transform in self._transforms:
+            transform.discard()
+
+
+_known: WeakKeyDictionary[Any, GradientTransforms] = WeakKeyDictionary()
+
+
+def transforms_of(optimizer: Optimizer) -> GradientTransforms:
+    """The transforms of `optimizer`, none at first."""
+    return _known.setdefault(optimizer, GradientTransforms())
