@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lowprec.errors import ConfigError, UnsupportedError
+from lowprec.methods.bnp import attach_bnp, convert_bnp
 from lowprec.methods.bounded import attach_bounded_weight_norm, convert_bounded_weight_norm
 from lowprec.methods.mean_only import convert_mean_only
 from lowprec.methods.method import Handle, Method, check_options, nearest_hint, options_of
@@ -77,6 +78,14 @@ METHODS: dict[str, Method] = {
             "Fei, Dai, Li, Zou, Xiong, MimicNorm, arXiv 2010.09278",
             convert_mimic_norm,
             attach_mimic_norm,
+        ),
+        Method(
+            "bnp",
+            "module",
+            "no batch norm; gradients are preconditioned as if there were one before every layer",
+            "Lange, Helfrich, Ye, Batch Normalization Preconditioning, JMLR 2022",
+            convert_bnp,
+            attach_bnp,
         ),
         Method(
             "wd_mimic",

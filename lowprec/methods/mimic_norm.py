@@ -22,10 +22,9 @@ from torch.nn.utils import parametrize
 from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.methods.layers import NormalizedLinear, branch_conv
 from lowprec.methods.method import Handle
+from lowprec.methods.norm_free import HE_VARIANCE, add_bias, draw_weights, remove_norm
 from lowprec.methods.rewrite import inherit, modules_with_paths, replace_module
 from lowprec.methods.structure import Branch, Structure, read_structure
-from lowprec.norm import ScaleBatchNorm
-from lowprec.norm.activation import AddReLU
 from lowprec.report import ChangeReport
 from lowprec.weights import centre_weight
 
@@ -34,9 +33,8 @@ Recipe = Literal["code", "paper"]
 # Each centred convolution before a ReLU loses the share 1/pi of its variance; the authors' code makes up for it with a
 # gain of about 1/sqrt(1 - 1/pi) = 1.2112 per convolution, rounded to 1.2.
 _GAIN_PER_CONV = 1.2
-# Weight variance times fan-in: He's 2 where branch scalars hold the gain; the authors' 2.8 in networks without
-# branches; 2 / (1 - 1/pi) = 2.934 is the paper's theorem 3.
-_HE_VARIANCE = 2.0
+# Weight variance times fan-in: He's 2 where branch scalars hold the gain; in networks without branches the authors'
+# 2.8, or the 2 / (1 - 1/pi) = 2.934 of the paper's theorem 3.
 _PLAIN_VARIANCE = 2.8
 _PAPER_VARIANCE = 2.0 / (1.0 - 1.0 / math.pi)
 # Without affine parameters the logits of C classes have variance 1, so the cross-entropy of a perfect, balanced
@@ -84,7 +82,8 @@ def convert_mimic_norm(
     report.refused += structure.other_norms
     _remove_norms(model, structure, report)
     if init:
-        _initialise(model, recipe, bool(structure.branches), report)
+        plain = HE_VARIANCE if structure.branches else _PLAIN_VARIANCE
+        draw_weights(model, plain if recipe == "code" else _PAPER_VARIANCE, report)
     for branch in structure.branches:
         _scale_branch(model, branch, recipe, report)
     model = _normalise_logits(model, structure.classifier, temperature, report)
@@ -120,59 +119,13 @@ def attach_mimic_norm(model: nn.Module, optimizer: torch.optim.Optimizer, *, min
 def _remove_norms(model: nn.Module, structure: Structure, report: ChangeReport) -> None:
     for path, producer in structure.norms.items():
         norm = model.get_submodule(path)
-        stays = _what_stays_of(norm)
-        inherit(norm, stays)
-        replace_module(model, norm, stays)
-        _add_bias(model.get_submodule(producer))
+        stays = remove_norm(model, norm)
+        add_bias(model.get_submodule(producer))
         kind = f"{type(norm).__name__} after {producer}"
         report.change(path, f"{kind} became {type(stays).__name__}; its parameters are dropped")
     for path, conv in modules_with_paths(model):
-        if isinstance(conv, _ConvNd) and _add_bias(conv):
+        if isinstance(conv, _ConvNd) and add_bias(conv):
             report.change(path, "got a bias of zeros")
-
-
-def _what_stays_of(norm: nn.Module) -> nn.Module:
-    """Nothing, or the ReLU that a fused norm computes (see `lowprec.methods.fuse`)."""
-    if isinstance(norm, ScaleBatchNorm) and norm.act is not None:
-        return AddReLU(norm.awaits_residual)
-    return nn.Identity()
-
-
-def _add_bias(layer: nn.Module) -> bool:
-    """Gives a conv or linear layer without one a bias of zeros."""
-    assert isinstance(layer, (_ConvNd, nn.Linear))
-    if layer.bias is not None:
-        return False
-    outputs = int(getattr(layer, "out_channels", layer.weight.shape[0]))  # axis 0 counts inputs in a transposed conv
-    layer.bias = nn.Parameter(layer.weight.new_zeros(outputs))
-    return True
-
-
-@torch.no_grad()
-def _initialise(model: nn.Module, recipe: Recipe, residual: bool, report: ChangeReport) -> None:
-    plain = _HE_VARIANCE if residual else _PLAIN_VARIANCE
-    variance = plain if recipe == "code" else _PAPER_VARIANCE
-    for path, layer in modules_with_paths(model):
-        if not isinstance(layer, (_ConvNd, nn.Linear)):
-            continue
-        reason = _why_not_drawn(layer)
-        if reason is not None:
-            report.refuse(path, f"keeps its weights: {reason}")
-            continue
-        share = _HE_VARIANCE if layer.weight.dim() == 2 else variance
-        fan_in = layer.weight[0].numel()
-        nn.init.normal_(layer.weight, 0.0, math.sqrt(share / fan_in))
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-        report.change(path, f"weights drawn from N(0, {share:.4g} / {fan_in}), bias zero")
-
-
-def _why_not_drawn(layer: nn.Module) -> str | None:
-    if parametrize.is_parametrized(layer, "weight"):
-        return "they are parametrised"
-    if isinstance(layer, _ConvTransposeNd):
-        return "the method is not defined for transposed convolutions"
-    return None
 
 
 def _scale_branch(model: nn.Module, branch: Branch, recipe: Recipe, report: ChangeReport) -> None:

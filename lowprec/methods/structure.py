@@ -80,6 +80,16 @@ def read_structure(model: nn.Module) -> Structure:
     return Structure(norms, other_norms, reader.branches(norms), reader.classifier())
 
 
+def residual_branches(model: nn.Module) -> list[Branch]:
+    """The residual branches alone, whatever the network ends in.
+
+    Raises:
+        UnsupportedError: fx cannot trace it.
+    """
+    reader = _Reader(_trace(model), dict(model.named_modules()))
+    return reader.branches(reader.norms()[0])
+
+
 class LayerTracer(fx.Tracer):
     """Keeps every layer that methods treat as a whole as one node."""
 

@@ -38,8 +38,17 @@ class GradientTransforms:
     def add(self, optimizer: Optimizer, transform: GradientTransform) -> list[Callable[[], None]]:
         """Adds one; returns what takes it off."""
         self._transforms.append(transform)
-        pre = optimizer.register_step_pre_hook(lambda *_: None if self.managed else transform.apply())
-        post = optimizer.register_step_post_hook(lambda *_: None if self.managed else transform.discard())
+
+        def apply(*_: Any) -> None:
+            if not self.managed:
+                with torch.no_grad():
+                    transform.apply()
+
+        def discard(*_: Any) -> None:
+            if not self.managed:
+                transform.discard()
+
+        pre, post = optimizer.register_step_pre_hook(apply), optimizer.register_step_post_hook(discard)
         return [pre.remove, post.remove, lambda: self._transforms.remove(transform)]
 
     @torch.no_grad()
