@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lowprec.errors import LowprecError, UnsupportedError
+from lowprec.methods import attach, convert
 from lowprec.precision import Precision
 
 
@@ -98,6 +99,26 @@ def sharded(mode: str) -> dict[str, object]:
     return {"weights": {name: p.full_tensor().detach() for name, p in model.named_parameters()}, "landed": landed}
 
 
+def preconditioned(mode: str, sync: bool = True) -> dict[str, object]:
+    """Four steps of `bnp`; with two processes in two micro-batches each."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model, _ = convert(network(), "bnp", init=False)
+    precision = Precision(mode, init_scale=2.0**10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    attach(model, optimizer, sync=sync)
+    precision.prepare(model, optimizer)
+    called = precision.data_parallel() if world > 1 else model
+    for step in range(4):
+        x, y = shares(step, rank, world)
+        for part_x, part_y in zip(x.chunk(world), y.chunk(world), strict=True):
+            with precision.forward():
+                loss = nn.functional.cross_entropy(called(part_x), part_y) / world
+            precision.backward(loss)
+        precision.step()
+    statistics = dict(model.named_buffers())
+    return {"weights": precision.wide_weights(), "statistics": statistics}
+
+
 def main() -> None:
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=int(sys.argv[3]))
@@ -105,6 +126,9 @@ def main() -> None:
     for mode in sys.argv[4].split(","):
         result[mode] = train(mode, 4)
         result[f"{mode} overflow"] = train(mode, 4, factor=2.0)
+    for mode in ("fp32", "fp16-master"):
+        result[f"bnp {mode}"] = preconditioned(mode)
+    result["bnp apart"] = preconditioned("fp32", sync=False)
     for mode in ("fp32", "bf16", "fp16-autocast", "fp16-master", "fp16-pure"):
         try:
             result[f"sharded {mode}"] = sharded(mode)

@@ -190,7 +190,8 @@ def test_running_statistics_hold_the_spread_between_steps_so_a_batch_of_one_has_
         before.steps.fill_(len(weights))
         before.take_in(torch.ones(1), torch.zeros(1), 0.99)
         weights.append(before.mean.item())
-    np.testing.assert_allclose(weights, [max(0.01, 1 / (t + 2)) for t in range(150)], rtol=reference.rounding_bound(FP64))
+    wanted = [max(0.01, 1 / (step + 2)) for step in range(150)]
+    np.testing.assert_allclose(weights, wanted, rtol=reference.rounding_bound(FP64))
 
 
 def steps(model, optimizer, batches, precision=None):

@@ -68,6 +68,19 @@ def test_two_processes_train_as_one_does_on_the_joined_batch(mode: str, pair: li
         assert largest_difference(pair[0][mode]["weights"], pair[1][mode]["weights"]) == 0
 
 
+@pytest.mark.parametrize("mode", ["fp32", "fp16-master"])
+def test_preconditioned_processes_do_not_drift_apart_and_are_one_on_the_joined_batch(
+    mode: str, pair: list[dict[str, Any]]
+) -> None:
+    alone = parallel_worker.preconditioned(mode)
+    for kind in ("weights", "statistics"):
+        assert largest_difference(pair[0][f"bnp {mode}"][kind], pair[1][f"bnp {mode}"][kind]) == 0
+        # As above; gradients are multiplied by 1 / variance, of inputs of variance 1 and of halved normal ones (0.3).
+        rounding = 4 * (2.0**-24 if mode == "fp32" else 2.0**-11)
+        assert largest_difference(pair[0][f"bnp {mode}"][kind], alone[kind]) <= 8 * rounding
+    assert largest_difference(*(process["bnp apart"]["weights"] for process in pair)) > 0
+
+
 @pytest.mark.parametrize("mode", [name for name, mode in MODES.items() if mode.scaled])
 def test_an_overflow_in_one_process_skips_the_step_in_both(mode: str, pair: list[dict[str, Any]]) -> None:
     for process in pair:
