@@ -33,6 +33,7 @@ CASES = {
     "mean_only": (lambda: small_resnet(width=4), {}),
     "mimic_norm": (lambda: small_resnet(width=8), {}),
     "bnp": (lambda: small_resnet(width=4), {}),
+    "kalman": (lambda: small_resnet(width=4), {}),
 }
 MODULE_METHODS = [name for name, method in METHODS.items() if method.kind == "module"]
 over_methods = pytest.mark.parametrize("name", MODULE_METHODS)

@@ -13,10 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowprec.errors import UnsupportedError
 from lowprec.methods import METHODS, attach, convert
-from lowprec.norm import NORMS, is_norm
+from lowprec.methods.replace_norm import NORM_CLASSES
+from lowprec.norm import is_norm
 
 MODULE_METHODS = [name for name, method in METHODS.items() if method.kind == "module"]
-FAMILIES = {"l1": "l1", "linf": "linf", "topk": "topk", "l2_half": "l2"}
+FAMILIES = {"l1": "l1", "linf": "linf", "topk": "topk", "l2_half": "l2", "kalman": "kalman"}
 OWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 over_networks = pytest.mark.parametrize("network", NETWORKS)
 over_families = pytest.mark.parametrize("name", FAMILIES)
@@ -131,7 +132,7 @@ def test_every_norm_is_replaced_or_the_report_says_why_not(name, network):
             continue
         if type(module) in OWN:
             dimension = OWN.index(type(module)) + 1
-            assert type(new[path]) is NORMS[FAMILIES[name]].classes[dimension]
+            assert type(new[path]) is NORM_CLASSES[FAMILIES[name]][dimension]
             assert rows[path] in report.changed
             assert_same_state(module, new[path])
         elif type(module) is nn.SyncBatchNorm and name != "l2_half":

@@ -14,6 +14,7 @@ from torch import nn
 from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.methods.bnp import attach_bnp, convert_bnp
 from lowprec.methods.bounded import attach_bounded_weight_norm, convert_bounded_weight_norm
+from lowprec.methods.kalman import convert_kalman
 from lowprec.methods.mean_only import convert_mean_only
 from lowprec.methods.method import Handle, Method, check_options, nearest_hint, options_of
 from lowprec.methods.mimic_norm import attach_mimic_norm, convert_mimic_norm
@@ -86,6 +87,13 @@ METHODS: dict[str, Method] = {
             "Lange, Helfrich, Ye, Batch Normalization Preconditioning, JMLR 2022",
             convert_bnp,
             attach_bnp,
+        ),
+        Method(
+            "kalman",
+            "module",
+            "batch norms mix their moments with what the layers before them predict, for batches of a few samples",
+            "Wang, Peng, Luo, Wang, Lin, Batch Kalman Normalization, arXiv 1802.03133",
+            convert_kalman,
         ),
         Method(
             "wd_mimic",

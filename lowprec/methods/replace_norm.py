@@ -7,6 +7,7 @@ something else, and what it computes cannot be read off its name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,11 @@ from lowprec.methods.tracing import is_hooked
 from lowprec.norm import (
     NORMS,
     AbsoluteBatchNorm,
+    KalmanBatchNorm1d,
+    KalmanBatchNorm2d,
+    KalmanBatchNorm3d,
     ScaleBatchNorm,
+    SyncKalmanBatchNorm,
     SyncL1BatchNorm,
     SyncL2BatchNorm,
     SyncLInfBatchNorm,
@@ -34,11 +39,17 @@ from lowprec.report import ChangeReport
 from lowprec.statistics import running_statistics
 
 _DIMENSIONS: dict[type[nn.Module], int] = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
+NORM_CLASSES: dict[str, Mapping[int, type[ScaleBatchNorm]]] = {
+    **{name: family.classes for name, family in NORMS.items()},
+    "kalman": {1: KalmanBatchNorm1d, 2: KalmanBatchNorm2d, 3: KalmanBatchNorm3d},
+}
+"""What takes the place of torch's, by family and number of spatial dimensions."""
 _SYNCHRONISED: dict[str, type[ScaleBatchNorm]] = {
     "l1": SyncL1BatchNorm,
     "linf": SyncLInfBatchNorm,
     "topk": SyncTopKBatchNorm,
     "l2": SyncL2BatchNorm,
+    "kalman": SyncKalmanBatchNorm,
 }
 _NARROW: dict[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # What torch's batch norms keep; a norm that has a buffer of the same name means the same by it, and takes it over.
@@ -73,7 +84,7 @@ def convert_l1(
         UnsupportedError: there is nothing to replace.
         ConfigError: a `stats_dtype` or `accumulation` that there is not.
     """
-    return _replace_norms(model, report, "l1", "l1", _narrow(stats_dtype), accumulation, fuse)
+    return replace_norms(model, report, "l1", "l1", _narrow(stats_dtype), accumulation, fuse)
 
 
 def convert_linf(
@@ -85,7 +96,7 @@ def convert_linf(
     fuse: bool = True,
 ) -> nn.Module:
     """Batch norms become L-infinity batch norms; see `convert_l1`."""
-    return _replace_norms(model, report, "linf", "linf", _narrow(stats_dtype), accumulation, fuse)
+    return replace_norms(model, report, "linf", "linf", _narrow(stats_dtype), accumulation, fuse)
 
 
 def convert_topk(
@@ -98,7 +109,7 @@ def convert_topk(
     fuse: bool = True,
 ) -> nn.Module:
     """Batch norms become top-k batch norms over the `k` largest deviations of a batch; see `convert_l1`."""
-    return _replace_norms(model, report, "topk", "topk", _narrow(stats_dtype), accumulation, fuse, k=k)
+    return replace_norms(model, report, "topk", "topk", _narrow(stats_dtype), accumulation, fuse, k=k)
 
 
 def convert_l2_half(model: nn.Module, report: ChangeReport, *, accumulation: str = "tree") -> nn.Module:
@@ -106,17 +117,17 @@ def convert_l2_half(model: nn.Module, report: ChangeReport, *, accumulation: str
 
     All running statistics mean the same and are kept, rounded to half; see `convert_l1` for the rest.
     """
-    return _replace_norms(model, report, "l2_half", "l2", torch.float16, accumulation, fuse=False)
+    return replace_norms(model, report, "l2_half", "l2", torch.float16, accumulation, fuse=False)
 
 
 def synchronise_norms(model: nn.Module) -> nn.Module:
     """Torch's SyncBatchNorms, which need a GPU, become this library's, which do not; in place where there are any."""
     if not any(type(module) is nn.SyncBatchNorm for module in model.modules()):
         return model
-    return _replace_norms(model, ChangeReport(), "sync", "l2", None, "tree", fuse=False)
+    return replace_norms(model, ChangeReport(), "sync", "l2", None, "tree", fuse=False)
 
 
-def _replace_norms(
+def replace_norms(
     model: nn.Module,
     report: ChangeReport,
     method: str,
@@ -126,8 +137,9 @@ def _replace_norms(
     fuse: bool,
     **options: Any,
 ) -> nn.Module:
+    """Puts norms of the family `norm` in the place of torch's; `method` is what errors call it."""
     options = {"stats_dtype": stats_dtype, "accumulation": accumulation, **options}
-    NORMS[norm].classes[1](1, **options)  # refuses options that there are not before anything is changed
+    NORM_CLASSES[norm][1](1, **options)  # refuses options that there are not before anything is changed
     replaced: dict[str, tuple[ScaleBatchNorm, str]] = {}
     for path, module in list(modules_with_paths(model)):
         if not is_norm(module):
@@ -201,7 +213,7 @@ def _from_batch_norm(old: _BatchNorm, norm: str, options: dict[str, Any]) -> tup
     if isinstance(old, nn.SyncBatchNorm):
         make, options = _SYNCHRONISED[norm], {**options, "process_group": old.process_group}
     else:
-        make = NORMS[norm].classes[_DIMENSIONS[type(old)]]
+        make = NORM_CLASSES[norm][_DIMENSIONS[type(old)]]
     tracked = old.running_mean is not None
     like = next((value for value in (old.running_mean, old.weight) if value is not None), torch.empty(0))
     new = make(old.num_features, old.eps, old.momentum, old.affine, tracked, like.device, like.dtype, **options)

@@ -13,10 +13,17 @@ from dataclasses import dataclass
 from lowprec.norm.absolute import AbsoluteBatchNorm
 from lowprec.norm.base import ScaleBatchNorm
 from lowprec.norm.inference import inference_affine, is_norm
+from lowprec.norm.kalman import KalmanBatchNorm1d, KalmanBatchNorm2d, KalmanBatchNorm3d
 from lowprec.norm.l1 import L1BatchNorm1d, L1BatchNorm2d, L1BatchNorm3d
 from lowprec.norm.l2 import L2BatchNorm1d, L2BatchNorm2d, L2BatchNorm3d
 from lowprec.norm.mean_only import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
-from lowprec.norm.sync import SyncL1BatchNorm, SyncL2BatchNorm, SyncLInfBatchNorm, SyncTopKBatchNorm
+from lowprec.norm.sync import (
+    SyncKalmanBatchNorm,
+    SyncL1BatchNorm,
+    SyncL2BatchNorm,
+    SyncLInfBatchNorm,
+    SyncTopKBatchNorm,
+)
 from lowprec.norm.topk import (
     LInfBatchNorm1d,
     LInfBatchNorm2d,
@@ -30,6 +37,9 @@ from lowprec.statistics import Kind, running_statistics
 __all__ = [
     "NORMS",
     "AbsoluteBatchNorm",
+    "KalmanBatchNorm1d",
+    "KalmanBatchNorm2d",
+    "KalmanBatchNorm3d",
     "Kind",
     "L1BatchNorm1d",
     "L1BatchNorm2d",
@@ -45,6 +55,7 @@ __all__ = [
     "MeanOnlyBatchNorm3d",
     "NormFamily",
     "ScaleBatchNorm",
+    "SyncKalmanBatchNorm",
     "SyncL1BatchNorm",
     "SyncL2BatchNorm",
     "SyncLInfBatchNorm",

@@ -16,6 +16,7 @@ from lowprec.errors import ConfigError
 from lowprec.norm.base import BatchMoments, ScaleBatchNorm
 from lowprec.norm.checks import InputValueError
 from lowprec.norm.joined import JoinedL1, JoinedL2, JoinedStatistic, JoinedTopK, joined_statistics
+from lowprec.norm.kalman import KalmanBatchNorm, average_prediction
 from lowprec.norm.l1 import L1BatchNorm
 from lowprec.norm.l2 import L2BatchNorm
 from lowprec.norm.topk import LInfBatchNorm, TopKBatchNorm
@@ -112,6 +113,23 @@ class SyncTopKBatchNorm(SyncBatchNorm, TopKBatchNorm):
     def statistic(self) -> JoinedStatistic:
         """The top-k exchange."""
         return JoinedTopK(self.k, self.eps)
+
+
+class SyncKalmanBatchNorm(SyncBatchNorm, KalmanBatchNorm):
+    """Kalman batch norm over the batch of all processes; one exchange, one in backward. See `SyncL1BatchNorm`.
+
+    Where predictions are drawn those of all processes count, which is one exchange more, and one in backward.
+    """
+
+    def statistic(self) -> JoinedStatistic:
+        """The L2 exchange."""
+        return JoinedL2()
+
+    def joined_prediction(self, predicted: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The mean over the processes where they drew; in closed form they have the same."""
+        if self.deterministic or not self.joins_processes():
+            return predicted
+        return average_prediction(predicted, self.process_group)
 
 
 class SyncL2BatchNorm(SyncBatchNorm, L2BatchNorm):
