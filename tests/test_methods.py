@@ -32,6 +32,7 @@ CASES = {
     "weight_norm_lp": (lambda: small_resnet(width=4), {"p": "topk", "k": 4, "sphere": True}),
     "mean_only": (lambda: small_resnet(width=4), {}),
     "mimic_norm": (lambda: small_resnet(width=8), {}),
+    "one_batch_norm": (lambda: small_resnet(width=4), {}),
     "bnp": (lambda: small_resnet(width=4), {}),
     "kalman": (lambda: small_resnet(width=4), {}),
 }

@@ -20,6 +20,7 @@ from lowprec.methods.method import Handle, Method, check_options, nearest_hint, 
 from lowprec.methods.mimic_norm import attach_mimic_norm, convert_mimic_norm
 from lowprec.methods.norm_record import NormRecord
 from lowprec.methods.norm_schedule import attach_norm_schedule
+from lowprec.methods.one_batch_norm import convert_one_batch_norm
 from lowprec.methods.recording import Recorder, record_norms
 from lowprec.methods.replace_norm import convert_l1, convert_l2_half, convert_linf, convert_topk
 from lowprec.methods.wd_mimic import attach_wd_mimic
@@ -79,6 +80,13 @@ METHODS: dict[str, Method] = {
             "Fei, Dai, Li, Zou, Xiong, MimicNorm, arXiv 2010.09278",
             convert_mimic_norm,
             attach_mimic_norm,
+        ),
+        Method(
+            "one_batch_norm",
+            "module",
+            "fixed scales in place of all norms, one batch norm before the head, and a head that bypasses it",
+            "KataGo, One Batch Norm and fixed variance initialisation, docs/KataGoMethods.md",
+            convert_one_batch_norm,
         ),
         Method(
             "bnp",

@@ -22,7 +22,7 @@ from lowprec.errors import UnsupportedError
 from lowprec.norm import ScaleBatchNorm, is_norm
 from lowprec.report import Row
 
-_ADDITIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
+ADDITIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 _DROPOUT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 # What may stand between the classifier and the output without changing what its logits mean.
 _AFTER_LOGITS_MODULES = (*_DROPOUT, nn.Flatten, nn.Softmax, nn.LogSoftmax)
@@ -74,7 +74,7 @@ def read_structure(model: nn.Module) -> Structure:
     Raises:
         UnsupportedError: fx cannot trace it, or its output is not the logits of one linear layer.
     """
-    graph = _trace(model)
+    graph = traced(model)
     reader = _Reader(graph, dict(model.named_modules()))
     norms, other_norms = reader.norms()
     return Structure(norms, other_norms, reader.branches(norms), reader.classifier())
@@ -86,8 +86,13 @@ def residual_branches(model: nn.Module) -> list[Branch]:
     Raises:
         UnsupportedError: fx cannot trace it.
     """
-    reader = _Reader(_trace(model), dict(model.named_modules()))
+    reader = _Reader(traced(model), dict(model.named_modules()))
     return reader.branches(reader.norms()[0])
+
+
+def classifier_of(model: nn.Module, graph: fx.Graph) -> str:
+    """The path of the linear layer that makes the logits. Raises `UnsupportedError` if there is none."""
+    return _Reader(graph, dict(model.named_modules())).classifier()
 
 
 class LayerTracer(fx.Tracer):
@@ -99,7 +104,8 @@ class LayerTracer(fx.Tracer):
         return whole or super().is_leaf_module(m, module_qualified_name)
 
 
-def _trace(model: nn.Module) -> fx.Graph:
+def traced(model: nn.Module) -> fx.Graph:
+    """The graph of the network's layers. Raises `UnsupportedError` where fx cannot trace it."""
     try:
         return LayerTracer().trace(model)
     except Exception as error:
@@ -149,7 +155,7 @@ class _Reader:
         found: list[Branch] = []
         for node in self._nodes:
             sides = [arg for arg in node.args if isinstance(arg, fx.Node)]
-            if node.op not in ("call_function", "call_method") or node.target not in _ADDITIONS or len(sides) != 2:
+            if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS or len(sides) != 2:
                 continue
             counts = self._convs_per_side(sides[0], sides[1])
             if counts is None or max(counts) == 0:
@@ -167,16 +173,14 @@ class _Reader:
         (result,) = self._nodes[-1].args
         if not isinstance(result, fx.Node):
             raise UnsupportedError(
-                "MimicNorm normalises the logits of one classifier, but the network has several outputs"
+                "this method needs the logits of one classifier, but the network has several outputs"
             )
         node = self._before(result, self._keeps_logits)
         if not isinstance(self.module(node), nn.Linear):
             found = self._describe(node)
-            raise UnsupportedError(
-                f"MimicNorm normalises the logits of a final Linear, but the network ends in {found}"
-            )
+            raise UnsupportedError(f"this method needs the logits of a final Linear, but the network ends in {found}")
         if self._uses[node.target] > 1:
-            raise UnsupportedError(f"MimicNorm cannot normalise {node.target!r}: the network calls it more than once")
+            raise UnsupportedError(f"{node.target!r} makes the logits, but the network calls it more than once")
         return str(node.target)
 
     def _convs_per_side(self, left: fx.Node, right: fx.Node) -> tuple[int, int] | None:
