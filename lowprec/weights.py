@@ -9,10 +9,12 @@ autograd's, and equal the closed forms (tests), so double backward works.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from lowprec.formats import FP16
 from lowprec.functional import accumulation_dtype, cast
 
 
@@ -134,15 +136,28 @@ def initial_gain(
     return torch.where(norms_O == 0, others, norms_O)
 
 
-def centre_weight(weight: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:
-    """W_o - mean(W_o) for every output channel o: a linear projection, the identity on what it made.
+@torch.no_grad()
+def centre_(weights: Sequence[Tensor]) -> None:
+    """W_o <- W_o - mean(W_o) in place, for every output channel o (axis 0) of all weights: a linear projection.
 
-    Means in float32 or wider, result rounded once to the weight's dtype.
+    Means in float32 or wider, one per weight; all subtractions in one call.
 
     Source: Fei, Dai, Li, Zou, Xiong, MimicNorm, arXiv 2010.09278, modified weight mean.
     """
-    rows, axes = output_rows(cast(weight, accumulation_dtype(weight.dtype)), groups, transposed)
-    return cast((rows - rows.mean(axes, keepdim=True)).reshape(weight.shape), weight.dtype)
+    means = [
+        weight.mean(tuple(range(1, weight.dim())), keepdim=True, dtype=accumulation_dtype(weight.dtype))
+        for weight in weights
+    ]
+    if weights:
+        torch._foreach_sub_(list(weights), means)
+
+
+@torch.no_grad()
+def is_centred(weight: Tensor) -> bool:
+    """Whether every row's mean is what rounding to half may leave of zero: 2^-11 of the mean of its absolute values."""
+    rows = weight.reshape(weight.shape[0], -1)
+    rows = cast(rows, accumulation_dtype(rows.dtype))
+    return bool((rows.mean(1).abs() <= FP16.unit_roundoff * rows.abs().mean(1)).all())
 
 
 def scale_weight(weight: Tensor, factor: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ from torch import nn
 from lowprec.formats import FP16, FP32, FP64
 from lowprec.weights import (
     bounded_weight,
-    centre_weight,
+    centre_,
     gained_weight,
     initial_bound,
     initial_gain,
+    is_centred,
     output_rows,
     row_norms,
     scale_update,
@@ -164,15 +165,20 @@ def test_norms_of_half_weights_are_wide(p, k):
         np.testing.assert_allclose(w.double(), np.full((1, length), want), rtol=2 * FP16.unit_roundoff, atol=2.0**-25)
 
 
-@over_layers
-def test_centred_weight_has_no_mean_per_output_channel(kind):
-    v, groups, transposed = weight_of(kind)
-    w = centre_weight(v + 3, groups, transposed)
-    for got, row in zip(rows_of(w, groups, transposed), rows_of(v, groups, transposed), strict=True):
-        largest = 3 + np.abs(row).max()
-        np.testing.assert_allclose(got, row - np.mean(row), rtol=0, atol=rounding_bound(FP64, len(row)) * largest)
-    again = centre_weight(w, groups, transposed)
-    torch.testing.assert_close(again, w, rtol=0, atol=rounding_bound(FP64, v.numel()))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_centring_in_place_takes_the_mean_of_each_row_whatever_the_memory(dtype):
+    fmt = {torch.float64: FP64, torch.float32: FP32, torch.float16: FP16}[dtype]
+    weights = [torch.randn(5, 4, 3, 3, dtype=torch.float64) + 3, torch.randn(2, 7, dtype=torch.float64)]
+    held = [weights[0].to(dtype, memory_format=torch.channels_last), weights[1].to(dtype)]
+    before = [weight.double().flatten(1).numpy() for weight in held]
+    assert not is_centred(held[0])
+    centre_(held)
+    for got, rows in zip(held, before, strict=True):
+        want = rows - rows.mean(1, keepdims=True)
+        atol = rounding_bound(fmt, rows.shape[1]) * np.abs(rows).max()
+        np.testing.assert_allclose(got.double().flatten(1), want, rtol=0, atol=atol)
+        assert is_centred(got)
+    centre_([])
 
 
 def test_a_wide_scalar_gets_a_wide_gradient_from_half_weights():

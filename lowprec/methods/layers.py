@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowprec.functional import accumulation_dtype, cast
+from lowprec.norm.checks import InputValueError
 from lowprec.weights import scale_weight
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -83,6 +84,15 @@ def _scaled_parameters(conv: BranchConv1d | BranchConv2d | BranchConv3d) -> tupl
     return scale_weight(conv.weight, conv.branch_scale), bias
 
 
+def check_two_samples(layer: nn.Linear, input: Tensor, what: str) -> None:
+    """Raises `InputValueError` if a training batch has one sample: then a norm over the samples gives zeros."""
+    if layer.training and input.numel() <= layer.in_features:
+        raise InputValueError(
+            f"{what} over the batch, so it trains on two samples or more, not on {input.numel() // layer.in_features}; "
+            "bnp trains on one, and so does kalman where there are positions to average over"
+        )
+
+
 class NormalizedLinear(nn.Linear):
     """logit_scale * norm(linear(x)), norm a batch norm without affine parameters over the logits.
 
@@ -107,6 +117,7 @@ class NormalizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits whose batch mean is 0 and batch variance 1 (times the square of the scalar)."""
+        check_two_samples(self, input, "mimic_norm normalises its logits")
         y = F.linear(input, self.weight, self.bias)
         z = y if self.norm.running_mean is None else cast(y, torch.promote_types(y.dtype, self.norm.running_mean.dtype))
         z = self.norm(z) if z.dim() == 2 else self.norm(z.flatten(0, -2)).reshape(z.shape)

@@ -27,11 +27,11 @@ from torch.nn.modules.conv import _ConvNd
 from lowprec.affine import ChannelAffine
 from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.functional import accumulation_dtype, apply_channel_affine, cast
+from lowprec.methods.layers import check_two_samples
 from lowprec.methods.norm_free import HE_VARIANCE, draw_weights
 from lowprec.methods.rewrite import inherit, replace_module
 from lowprec.methods.structure import ADDITIONS, classifier_of, traced
 from lowprec.norm import ScaleBatchNorm
-from lowprec.norm.checks import InputValueError
 from lowprec.report import ChangeReport
 
 Heads = Literal["drawn", "both"]
@@ -93,12 +93,8 @@ class TwoHeads(nn.Linear):
         plain = F.linear(input, self.weight, self.bias)
         if not self.training:
             return plain
+        check_two_samples(self, input, "one_batch_norm normalises what the classifier reads")
         flat = cast(input.flatten(0, -2), torch.promote_types(input.dtype, torch.float32))
-        if flat.shape[0] < 2:
-            raise InputValueError(
-                "one_batch_norm normalises what the classifier reads over the batch, so it trains on two samples or "
-                "more; bnp and kalman train on one"
-            )
         normalised = self.normalised(cast(self.norm(flat), input.dtype).reshape(input.shape))
         if self.heads == "both":
             return normalised, plain

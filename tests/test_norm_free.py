@@ -1,0 +1,328 @@
+"""MimicNorm, one batch norm, BN preconditioning and Kalman norms on networks of eight kinds, from step to bundle."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import reference_norm as reference
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowprec.data import load_data
+from lowprec.errors import ConfigError, DataError, UnsupportedError
+from lowprec.export import export, fold
+from lowprec.formats import FP16, FP32, FP64
+from lowprec.methods import attach, convert
+from lowprec.methods.layers import NormalizedLinear
+from lowprec.methods.mimic_norm import loss_floor
+from lowprec.methods.one_batch_norm import FixedScale, TwoHeads
+from lowprec.models import mlp, small_resnet
+from lowprec.precision import MODES, Precision
+from lowprec.precision.masters import master_of
+from lowprec.train.ema import MovingAverage, averaged_values
+
+CLASSES = 3
+
+
+def conv_norm(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+
+class PreActivation(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.a, self.b = conv_norm(inputs, width, 1), conv_norm(width, width, 3, stride)
+        self.c, self.skip = conv_norm(width, 4 * width, 1), conv_norm(inputs, 4 * width, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.c(F.relu(self.b(F.relu(self.a(x))))) + self.skip(x))
+
+
+class ShuffleUnit(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        half = width // 2
+        self.a, self.b = conv_norm(half, half, 1), conv_norm(half, half, 3, groups=half)
+        self.c = conv_norm(half, half, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, 1)
+        return F.channel_shuffle(torch.cat([left, F.relu(self.c(self.b(F.relu(self.a(right)))))], 1), 2)
+
+
+class InvertedResidual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b = conv_norm(width, 4 * width, 1), conv_norm(4 * width, 4 * width, 3, groups=4 * width)
+        self.c = conv_norm(4 * width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.c(F.relu6(self.b(F.relu6(self.a(x)))))
+
+
+class Dense(nn.Module):
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, growth, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv(F.relu(self.norm(x)))], 1)
+
+
+def head(width: int) -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES)]
+
+
+def stem(width: int) -> list[nn.Module]:
+    return [*conv_norm(1, width), nn.ReLU()]
+
+
+NETWORKS = {
+    "resnet": lambda: small_resnet(width=8, classes=CLASSES),
+    "pre-activation resnet": lambda: nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False), PreActivation(8), PreActivation(8), nn.BatchNorm2d(8), nn.ReLU(),
+        *head(8),
+    ),
+    "bottlenecks": lambda: nn.Sequential(*stem(8), Bottleneck(8, 8, 1), Bottleneck(32, 8, 2), *head(32)),
+    "vgg": lambda: nn.Sequential(
+        *stem(8), *conv_norm(8, 16), nn.ReLU(), nn.MaxPool2d(2), *conv_norm(16, 16), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, CLASSES),
+    ),
+    "shufflenet": lambda: nn.Sequential(*stem(16), ShuffleUnit(16), ShuffleUnit(16), *head(16)),
+    "mobilenet": lambda: nn.Sequential(*stem(8), InvertedResidual(8), InvertedResidual(8), *head(8)),
+    "densenet": lambda: nn.Sequential(*stem(8), Dense(8, 8), Dense(16, 8), nn.BatchNorm2d(24), nn.ReLU(), *head(24)),
+    "mlp": lambda: mlp(hidden=[32, 32], classes=CLASSES),
+}  # fmt: skip
+METHODS = {"mimic_norm": 3e-3, "one_batch_norm": 1e-2, "bnp": 3e-3, "kalman": 3e-3}  # and a learning rate
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Tensor, Tensor]:
+    samples = load_data("digits")
+    (x,), y = samples.inputs.values(), samples.labels
+    few = y < CLASSES
+    return torch.tensor(x[few]).float(), torch.tensor(y[few])
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_trains_in_half_folds_to_nothing_and_ships(method, network, digits, tmp_path):
+    (x, y), original = digits, NETWORKS[network]()
+    model, report = convert(original, method)
+    assert not [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)] or report.refused
+    optimizer = torch.optim.AdamW(model.parameters(), lr=METHODS[method])
+    attach(model, optimizer)
+    precision = Precision("fp16-master", init_scale=2.0**10)
+    precision.prepare(model, optimizer)
+    train, held = slice(0, 400), slice(400, None)
+    for epoch in range(2):
+        order = torch.randperm(400, generator=torch.Generator().manual_seed(epoch))
+        for index in order.split(8):
+            with precision.forward():
+                loss = F.cross_entropy(model(x[train][index]), y[train][index])
+            precision.step(loss, clip_norm=5.0)
+    model.eval()
+    with torch.no_grad():
+        accuracy = float((model(x[held]).argmax(1) == y[held]).float().mean())
+    # Chance is 1/3; of 137 images 4 standard deviations above it are 0.49.
+    assert accuracy > 1 / 3 + 4 * math.sqrt(2 / 9 / len(y[held])), accuracy
+    twin, _ = convert(NETWORKS[network](), method)
+    twin_optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    Precision("fp16-master").prepare(twin, twin_optimizer)
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(twin.eval()(x[held]), model(x[held]))
+    shipped = copy.deepcopy(model).float()
+    _, folded = fold(shipped, (x[:2],))
+    # A dense block's concatenations are each read by a norm, so by several, before a ReLU that lets no shift pass: an
+    # operation per channel stays for each of them. MimicNorm leaves norms that follow no layer.
+    left = 3 if network == "densenet" and method != "bnp" else 0
+    assert folded.facts["norms_left"] <= left, folded.refused
+    bundle = export(shipped, (x[held],), tmp_path / "bundle", precision="fp16")
+    assert bundle.parity.passed, bundle.parity
+
+
+def rows_of(model: nn.Module) -> dict[str, float]:
+    """The largest row mean of each convolution, as a share of its largest weight."""
+    found = {}
+    for name, conv in model.named_modules():
+        if isinstance(conv, nn.Conv2d):
+            weight = master_of(conv.weight).detach().double().flatten(1)
+            found[name] = float(weight.mean(1).abs().max() / weight.abs().max())
+    return found
+
+
+class Kinds(nn.Module):
+    """Every kind of convolution that the authors' rules tell apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rgb, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.wide, self.depthwise = nn.Conv2d(16, 64, 3), nn.Conv2d(64, 64, 3, groups=64)
+        self.grouped, self.point, self.one = nn.Conv2d(64, 64, 3, groups=8), nn.Conv2d(64, 1, 1), nn.Conv2d(1, 4, 1)
+        self.fc = nn.Linear(4, 30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wide(F.relu(self.norm(self.rgb(x))))
+        return self.fc(self.one(self.point(self.grouped(self.depthwise(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("options", "centred"),
+    [
+        ({}, {"wide", "point"}),
+        ({"min_fan_in": 50, "grouped": True}, {"wide", "point", "grouped"}),  # the CIFAR script
+        ({"min_fan_in": 1}, {"rgb", "wide", "point"}),  # the ImageNet script
+        ({"min_fan_in": 0, "grouped": True}, {"rgb", "wide", "point", "grouped", "depthwise"}),
+    ],
+)
+def test_which_weights_are_centred(options, centred):
+    model, report = convert(Kinds(), "mimic_norm", **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    attach(model, optimizer)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    F.cross_entropy(model(torch.randn(4, 3, 12, 12)), torch.arange(4)).backward()
+    optimizer.step()
+    # A float32 mean of what has a mean of zero: the bound of the sum, over the largest weight.
+    assert {name for name, share in rows_of(model).items() if share <= 2 * FP32.eps} == centred
+    assert not torch.equal(model.wide.weight, before["wide.weight"])
+    reasons = {row.name: row.reason for row in report.refused}
+    assert "fan-in is 1, so that centred it would be zero" in reasons["one"] or "not above" in reasons["one"]
+    assert model.one.weight.abs().min() > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_stay_centred_in_every_mode_with_averages_and_after_loading(mode):
+    model, _ = convert(small_resnet(width=8), "mimic_norm", min_fan_in=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    attach(model, optimizer)
+    precision = Precision(mode, init_scale=2.0**8)
+    precision.prepare(model, optimizer)
+    average = MovingAverage(0.9, averaged_values(model, precision.wide_weights()))
+    for step in range(4):
+        with precision.forward():
+            loss = F.cross_entropy(model(torch.randn(16, 1, 8, 8)), torch.arange(16) % 10)
+        precision.step(loss)
+        average.update(averaged_values(model, precision.wide_weights()), step + 1)
+    half = MODES[mode].update is not None
+    for name, weight in precision.wide_weights().items():
+        if weight.dim() != 4:
+            continue
+        narrow = model.get_parameter(name)
+        stored = FP16 if half else FP32
+        moved = FP32 if MODES[mode].update in (None, "master") else FP16
+        for value, fmt in ((weight, moved), (narrow, stored), (average.average[name], moved)):
+            rows = value.detach().double().flatten(1)
+            # Each of n roundings is off by u |w| at most; stochastic ones by 2 u |w|. Sums in float32 add as much.
+            bound = 3 * fmt.unit_roundoff * rows.abs().mean(1)
+            assert (rows.mean(1).abs() <= bound).all(), (mode, name)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())  # centred already
+    foreign = {key: value + 0.25 if value.dim() == 4 else value for key, value in state.items()}
+    model.load_state_dict(foreign)
+    assert max(rows_of(model).values()) <= (FP16 if half else FP32).eps
+
+
+def test_a_batch_of_one_is_refused_with_what_takes_it():
+    for method in ("mimic_norm", "one_batch_norm"):
+        model, _ = convert(small_resnet(width=4), method)
+        with pytest.raises(DataError, match=r"over the batch, so it trains on two samples or more, not on 1; bnp"):
+            model(torch.randn(1, 1, 8, 8))
+        assert model.eval()(torch.randn(1, 1, 8, 8)).shape == (1, 10)
+    for method in ("bnp", "kalman"):
+        model, _ = convert(small_resnet(width=4), method)
+        model(torch.randn(1, 1, 8, 8)).sum().backward()
+
+
+def test_a_temperature_is_added_where_the_floor_of_the_loss_would_be_felt():
+    for classes, learned in ((10, True), (20, True), (21, False), (1000, False)):
+        model, report = convert(small_resnet(width=4, classes=classes), "mimic_norm")
+        assert (model.classifier.logit_scale is not None) == learned
+        assert isinstance(model.classifier, NormalizedLinear)
+        assert type(model.classifier.norm) is nn.BatchNorm1d
+        assert not model.classifier.norm.affine
+        if learned:
+            reason = next(row.reason for row in report.changed if row.name == "classifier" and "logits" in row.reason)
+            assert f"lifts the loss floor of {loss_floor(classes):.3g}" in reason
+
+
+def test_a_deep_stack_keeps_its_signal_at_the_papers_initialisation():
+    """Twenty centred layers of width 1152 at variance 2.934 / n: E y^2 stays 1 within 5 % after the first."""
+    layers = [nn.Conv1d(1152, 1152, 1) for _ in range(20)]
+    body = [part for layer in layers for part in (layer, nn.BatchNorm1d(1152), nn.ReLU())]
+    network = nn.Sequential(*body, nn.Flatten(), nn.Linear(1152 * 8, 4))
+    model, _ = convert(network, "mimic_norm", recipe="paper")
+    x = torch.randn(16, 1152, 8) * math.sqrt(2)  # E relu^2 of it is 1
+    y = F.relu(x)
+    squares = []
+    with torch.no_grad():
+        for index in range(20):
+            z = model[3 * index](y)
+            squares.append(float(z.square().mean()))
+            y = F.relu(z)
+    np.testing.assert_allclose(np.array(squares[1:]) / squares[0], 1, atol=0.05 * 4)
+    steps = np.array(squares[1:]) / np.array(squares[:-1])
+    np.testing.assert_allclose(steps, 1, atol=0.05)
+
+
+def test_one_batch_norm_takes_its_scales_from_the_variances_that_blocks_add():
+    model, report = convert(NETWORKS["pre-activation resnet"](), "one_batch_norm")
+    scales = [module.scale for module in model.modules() if isinstance(module, FixedScale)]
+    # Two blocks: the first reads the stem (1), inside it is 1 again; then 2, 1, and 3 at the end.
+    close = reference.rounding_bound(FP64)
+    np.testing.assert_allclose(scales, [1, 1, 1 / math.sqrt(2), 1, 1 / math.sqrt(3)], rtol=close)
+    assert sum("became a scale" in row.reason for row in report.changed) == 5
+    x = torch.randn(64, 1, 8, 8)
+    trunk = model[:-1](x * 1)
+    assert isinstance(model[-1], TwoHeads)
+    assert torch.equal(model.eval()(x), F.linear(trunk, model[-1].weight, model[-1].bias))
+
+
+def test_the_drawn_loss_is_on_average_the_weighted_sum_of_both_heads():
+    layer = TwoHeads(nn.Linear(6, 4), 0.2, "both")
+    with torch.no_grad():
+        layer.normalised.weight.mul_(3)
+    x, y = torch.randn(20000, 6), torch.arange(20000) % 4
+    normalised, plain = layer(x)
+    wanted = 0.8 * F.cross_entropy(normalised, y) + 0.2 * F.cross_entropy(plain, y)
+    layer.heads = "drawn"
+    logits = layer(x)
+    chosen = (logits == plain).all(1).double().mean()
+    # 5 standard errors of a share of 0.2, and of a mean loss whose single losses are below 8.
+    assert abs(chosen - 0.2) <= 5 * math.sqrt(0.16 / 20000)
+    assert abs(F.cross_entropy(logits, y) - wanted) <= 5 * 8 / math.sqrt(20000)
+    assert (logits == normalised).all(1).sum() + (logits == plain).all(1).sum() == 20000
+
+
+def test_one_batch_norm_says_in_one_line_what_it_cannot_do():
+    with pytest.raises(ConfigError, match=r"bypass=1, heads='drawn'; bypass is between 0 and 1"):
+        convert(small_resnet(), "one_batch_norm", bypass=1)
+    with pytest.raises(UnsupportedError, match="needs the logits of a final Linear, but the network ends in '1'"):
+        convert(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "one_batch_norm")
+    with pytest.raises(UnsupportedError, match="'one_batch_norm' found no batch norm in Sequential"):
+        convert(nn.Sequential(nn.Linear(2, 2)), "one_batch_norm")
+    fused, _ = convert(small_resnet(width=4), "l1")
+    _, report = convert(fused, "one_batch_norm")
+    assert any("with a ReLU inside; convert the network it came from" in row.reason for row in report.refused)
