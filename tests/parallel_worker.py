@@ -119,6 +119,26 @@ def preconditioned(mode: str, sync: bool = True) -> dict[str, object]:
     return {"weights": precision.wide_weights(), "statistics": statistics}
 
 
+def filtered(deterministic: bool) -> dict[str, torch.Tensor]:
+    """Three steps of a network with synchronised Kalman norms; the state at the end."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    torch.manual_seed(0)
+    make = nn.SyncBatchNorm if world > 1 else nn.BatchNorm2d
+    layers = [nn.Conv2d(1, 4, 3, padding=1), make(4), nn.ReLU(), nn.Conv2d(4, 4, 3), make(4), nn.ReLU(), nn.Flatten()]
+    model, _ = convert(nn.Sequential(*layers, nn.Linear(4 * 16, 3)), "kalman", deterministic=deterministic)
+    precision = Precision("fp32")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    precision.prepare(model, optimizer)
+    called = precision.data_parallel() if world > 1 else model
+    torch.manual_seed(rank)  # each process draws its own noise
+    for step in range(3):
+        x = torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(step)).chunk(world)[rank]
+        with precision.forward():
+            loss = nn.functional.cross_entropy(called(x), (torch.arange(4) % 3).chunk(world)[rank])
+        precision.step(loss)
+    return model.state_dict()
+
+
 def main() -> None:
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=int(sys.argv[3]))
@@ -128,6 +148,7 @@ def main() -> None:
         result[f"{mode} overflow"] = train(mode, 4, factor=2.0)
     for mode in ("fp32", "fp16-master"):
         result[f"bnp {mode}"] = preconditioned(mode)
+    result["kalman"], result["kalman drawn"] = filtered(True), filtered(False)
     result["bnp apart"] = preconditioned("fp32", sync=False)
     for mode in ("fp32", "bf16", "fp16-autocast", "fp16-master", "fp16-pure"):
         try:

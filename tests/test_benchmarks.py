@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.benchmarks import folding, fused_norm, half_training, norm_matters  # noqa: E402 - run from the root
+from tests.benchmarks import batch_size, folding, fused_norm, half_training, mimic_cost, norm_matters  # noqa: E402 - run from the root
 
 TASK = norm_matters.Task.of("digits", 1)
 ONE_OF_EACH = {(cell.question, cell.line): cell for cell in norm_matters.cells(TASK) if cell.seed == 0}
@@ -80,3 +81,27 @@ def test_the_benchmark_of_half_training_runs_and_the_readme_shows_its_stored_run
     readme = " ".join((ROOT / "README.md").read_text().split())
     for words in half_training.readme_lines(stored):
         assert words in readme
+
+
+def test_the_readme_shows_the_stored_study_of_batch_sizes_and_its_cells_train():
+    readme = (ROOT / "README.md").read_text()
+    stored = json.loads(batch_size.RESULTS.read_text())
+    for row in batch_size.table(stored):
+        assert row in readme
+    cell = batch_size.Cell("mimic_norm", 128, batch_size.CHOOSING, 0.1)
+    assert 0 <= batch_size.run(cell) <= 1
+    assert len(set(batch_size.places())) == len(batch_size.LINES) * len(batch_size.SIZES) - len(batch_size.NEEDS_TWO)
+
+
+def test_the_benchmark_of_mimic_norm_counts_bytes_and_the_readme_shows_its_stored_run():
+    stored = json.loads((ROOT / "tests" / "benchmarks" / "results" / "mimic_cost.json").read_text())
+    assert all(row["held"] for row in stored)
+    assert mimic_cost.readme_line(stored) in " ".join((ROOT / "README.md").read_text().split())
+    per_sample = {}
+    for method in (None, "mimic_norm"):
+        model, optimizer = mimic_cost.prepared(mimic_cost.ResNet18(4), method)
+        batches = [(torch.randn(count, 3, 64, 64), torch.arange(count)) for count in (2, 4)]
+        few, more = (mimic_cost.kept_bytes(model, *batch) for batch in batches)
+        per_sample[method] = (more - few) / 2
+        assert mimic_cost.seconds(model, optimizer, *batches[0]) > 0
+    assert 0.5 < per_sample["mimic_norm"] / per_sample[None] <= mimic_cost.KEPT_SHARE

@@ -62,12 +62,12 @@ def columns_of(layer, x):
     return rows.transpose(0, 1).numpy()
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(5, 4), *CONVOLUTIONS[:5]], ids=str)
+@pytest.mark.parametrize("layer", [nn.Linear(5, 4), nn.Linear(30, 4), *CONVOLUTIONS[:5]], ids=str)
 def test_a_step_is_plain_gradient_descent_on_the_layer_written_for_standardised_inputs(layer):
     """W a + b = (W sigma) (a - mu) / sigma + (b + W mu): descend on these, go back, and the function is the same."""
     layer = copy.deepcopy(layer).double()
-    x = torch.randn(7, 4, 6, 5, dtype=torch.float64) if isinstance(layer, nn.Conv2d) else torch.randn(
-        9, 5, dtype=torch.float64)  # fmt: skip
+    shape = (7, 4, 6, 5) if isinstance(layer, nn.Conv2d) else (9, layer.in_features)
+    x = torch.randn(shape, dtype=torch.float64)
     x = x * 3 + 1
     target = torch.randn_like(layer(x))
     lr = 0.05
@@ -90,6 +90,19 @@ def test_a_step_is_plain_gradient_descent_on_the_layer_written_for_standardised_
     optimizer.step()
     close(model.weight, new.reshape(model.weight.shape))
     close(model.bias, new_bias.reshape(-1))
+
+
+def test_q_can_count_the_samples_of_a_convolution_instead_of_its_positions():
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    moves = []
+    for rows in ("positions", "samples"):
+        torch.manual_seed(0)
+        model, optimizer, _ = attached(nn.Conv2d(4, 6, 3).double(), lr=0.1, rows=rows, **EXACT)
+        before = model.weight.detach().clone()
+        model(x).square().mean().backward()
+        optimizer.step()
+        moves.append(before - model.weight.detach())
+    close(moves[0] * (36 / 32), moves[1] * (36 / 2))  # 36 columns; 2 samples of 16 positions
 
 
 @pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)

@@ -109,7 +109,8 @@ NETWORKS = {
     "densenet": lambda: nn.Sequential(*stem(8), Dense(8, 8), Dense(16, 8), nn.BatchNorm2d(24), nn.ReLU(), *head(24)),
     "mlp": lambda: mlp(hidden=[32, 32], classes=CLASSES),
 }  # fmt: skip
-METHODS = {"mimic_norm": 3e-3, "one_batch_norm": 1e-2, "bnp": 3e-3, "kalman": 3e-3}  # and a learning rate
+# Learning rate and epochs: the head of one_batch_norm that is shipped sees a fifth of the samples.
+METHODS = {"mimic_norm": (3e-3, 2), "one_batch_norm": (1e-2, 6), "bnp": (3e-3, 2), "kalman": (3e-3, 2)}
 
 
 @pytest.fixture(autouse=True)
@@ -131,12 +132,12 @@ def test_a_network_trains_in_half_folds_to_nothing_and_ships(method, network, di
     (x, y), original = digits, NETWORKS[network]()
     model, report = convert(original, method)
     assert not [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)] or report.refused
-    optimizer = torch.optim.AdamW(model.parameters(), lr=METHODS[method])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=METHODS[method][0])
     attach(model, optimizer)
     precision = Precision("fp16-master", init_scale=2.0**10)
     precision.prepare(model, optimizer)
     train, held = slice(0, 400), slice(400, None)
-    for epoch in range(2):
+    for epoch in range(METHODS[method][1]):
         order = torch.randperm(400, generator=torch.Generator().manual_seed(epoch))
         for index in order.split(8):
             with precision.forward():

@@ -81,6 +81,17 @@ def test_preconditioned_processes_do_not_drift_apart_and_are_one_on_the_joined_b
     assert largest_difference(*(process["bnp apart"]["weights"] for process in pair)) > 0
 
 
+def test_kalman_norms_of_two_processes_predict_the_same_and_are_one_on_the_joined_batch(
+    pair: list[dict[str, Any]],
+) -> None:
+    alone = parallel_worker.filtered(True)
+    for kind in ("kalman", "kalman drawn"):  # noise of both processes counts for both
+        assert largest_difference(pair[0][kind], pair[1][kind]) == 0
+    # Sums in another order through two norms and three steps of gradients of norm about 1.
+    assert largest_difference(pair[0]["kalman"], alone) <= 2**6 * 2.0**-24
+    assert largest_difference(pair[0]["kalman drawn"], alone) > 2**6 * 2.0**-24
+
+
 @pytest.mark.parametrize("mode", [name for name, mode in MODES.items() if mode.scaled])
 def test_an_overflow_in_one_process_skips_the_step_in_both(mode: str, pair: list[dict[str, Any]]) -> None:
     for process in pair:

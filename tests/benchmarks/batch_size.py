@@ -3,7 +3,7 @@
     python -m tests.benchmarks.batch_size [--workers 2]
 
 A residual network of 5 thousand parameters in half weights with float32 masters, the same for all methods: 360 training
-images, four epochs, SGD with momentum and a cosine schedule. The learning rate of every method at every batch size is
+images, SGD with momentum and a cosine schedule. The learning rate of every method at every batch size is
 the best of three (a factor 3 apart) on a quarter of the training images, with a seed of its own; the test images (the
 other 1437) are looked at once per seed. 8x8 images, the same writers in both parts: what holds here need not hold
 elsewhere.
@@ -26,7 +26,8 @@ from lowprec.artifacts import write_json
 from tests.benchmarks.norm_matters import interval
 
 RESULTS = Path(__file__).parent / "results" / "batch_size.json"
-SIZES = (128, 16, 4, 2, 1)
+EPOCHS = {128: 40, 16: 10, 4: 4, 2: 4, 1: 4}  # with as many as for small batches, large ones would make a dozen steps
+SIZES = tuple(EPOCHS)
 SEEDS = range(5)
 HELD_OUT = 0.7995  # 360 images train, so that no batch of two is cut to one
 CHOOSING = 100  # the seed with which learning rates are chosen
@@ -81,7 +82,7 @@ def run(cell: Cell) -> float:
         "method": {"name": LINES[cell.line][0]},
         "data": {"batch_size": cell.batch, "test_fraction": HELD_OUT, "validation_fraction": 0.25 if choosing else 0.0},
         "optim": {"lr": cell.rate},
-        "run": {"epochs": 4, "seed": cell.seed},
+        "run": {"epochs": EPOCHS[cell.batch], "seed": cell.seed},
     }
     try:
         result = Trainer(settings).fit()
