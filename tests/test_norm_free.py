@@ -24,6 +24,7 @@ from lowprec.models import mlp, small_resnet
 from lowprec.precision import MODES, Precision
 from lowprec.precision.masters import master_of
 from lowprec.train.ema import MovingAverage, averaged_values
+from lowprec.weights import centre_
 
 CLASSES = 3
 
@@ -244,6 +245,16 @@ def test_weights_stay_centred_in_every_mode_with_averages_and_after_loading(mode
     foreign = {key: value + 0.25 if value.dim() == 4 else value for key, value in state.items()}
     model.load_state_dict(foreign)
     assert max(rows_of(model).values()) <= (FP16 if half else FP32).eps
+
+
+def test_a_centred_convolution_does_not_see_a_constant_but_at_the_zeros_around_an_image():
+    conv = nn.Conv2d(4, 6, 3, padding=1).double()
+    centre_([conv.weight])
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    moved = (conv(x + 5) - conv(x)).detach().abs()
+    atol = reference.rounding_bound(FP64, 36) * float((conv.weight.abs().sum((1, 2, 3)).max() * 10).detach())
+    assert moved[:, :, 1:-1, 1:-1].max() <= atol
+    assert moved.max() > 0.1
 
 
 def test_a_batch_of_one_is_refused_with_what_takes_it():
