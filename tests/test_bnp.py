@@ -357,6 +357,22 @@ def test_bnp_says_in_one_line_what_it_cannot_do():
         attach(model, torch.optim.SGD(mlp().parameters()))
 
 
+def test_options_of_attach_can_be_given_to_convert_so_that_a_config_can_hold_them():
+    model, _ = convert(mlp(hidden=[8]), "bnp", rho=0.5, skip=["3"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(model, optimizer)
+    x, y = digits(8)
+    steps(model, optimizer, [(x, y), (x, y)])
+    # Weights 1/2 and max(1 - rho, 1/3) = 1/2: a quarter of the start's zero is left.
+    wanted = 0.75 * x.flatten(1).mean(0)
+    close(model[1].input_statistics.mean, wanted, terms=2**30)
+    wrong, _ = convert(mlp(hidden=[8]), "bnp", rho=2.0)
+    with pytest.raises(ConfigError, match="rho is from 0 to below 1"):
+        attach(wrong, torch.optim.SGD(wrong.parameters(), lr=0.1))
+    with pytest.raises(ConfigError, match=r"'bnp' has no option 'rhoo'; its options are columns, .*mean 'rho'"):
+        convert(mlp(), "bnp", rhoo=0.5)
+
+
 def test_the_handle_takes_everything_off():
     model, optimizer, handle = attached(mlp(hidden=[8]))
     steps(model, optimizer, [digits(8)])

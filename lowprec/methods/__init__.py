@@ -127,6 +127,8 @@ _RECORD = "lowprec_methods"
 def convert(model: nn.Module, name: str, **args: Any) -> tuple[nn.Module, ChangeReport]:
     """Applies the method `name` to a copy of `model`; the argument stays as it is.
 
+    Options of the method's `attach` may be given here too; `attach` then takes them from the copy.
+
     The copy keeps hooks, dtype, device, training flags, shared modules and the state_dict keys that mean the same, and
     records name and arguments for `attach`. Make the optimizer from the copy's parameters.
 
@@ -140,11 +142,12 @@ def convert(model: nn.Module, name: str, **args: Any) -> tuple[nn.Module, Change
     method = _method_named(name)
     if method.kind == "data":
         raise UnsupportedError(f"method {name!r} acts on the data, not on a network; {method.instead}")
-    check_options(method, args, options_of(method.convert) if method.convert else options_of(method.attach))
+    own = options_of(method.convert)
+    check_options(method, args, list(dict.fromkeys([*own, *options_of(method.attach)])))
     report = ChangeReport()
     converted = _copy_of(model)
     if method.convert is not None:
-        converted = method.convert(converted, report, **args)
+        converted = method.convert(converted, report, **{name: args[name] for name in args if name in own})
     else:
         report.change("(model)", "is unchanged; attach(model, optimizer) makes the method act")
     record = {"name": name, "args": deepcopy(args)}
