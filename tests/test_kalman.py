@@ -23,7 +23,8 @@ from lowprec.norm import KalmanBatchNorm1d, KalmanBatchNorm2d
 from lowprec.norm.gaussian import elementwise_moments, position_moments, relu_moments
 from lowprec.norm.kalman import VARIANTS, default_gain
 from lowprec.norm.l2 import L2BatchNorm2d
-from lowprec.norm.moment_flow import _KINDS, Carried, MomentFlow, Moments, Sample, set_state, state_of
+from lowprec.norm.moment_flow import _KINDS, MomentFlow
+from lowprec.norm.moment_states import Carried, Moments, Sample, set_state, state_of
 from lowprec.precision import Precision
 
 OPTIONS = [*({"variant": name} for name in VARIANTS), {"variant": "code", "deterministic": False}]

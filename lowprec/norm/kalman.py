@@ -28,7 +28,8 @@ from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.norm.activation import PendingSum
 from lowprec.norm.base import BatchMoments
 from lowprec.norm.l2 import L2BatchNorm
-from lowprec.norm.moment_flow import Carried, FlowHooks, Moments, Sample, State, set_state, state_of
+from lowprec.norm.moment_flow import FlowHooks
+from lowprec.norm.moment_states import Carried, Moments, Sample, State, set_state, state_of
 from lowprec.statistics import BatchStatistics
 
 VARIANTS = {
