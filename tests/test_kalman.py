@@ -227,6 +227,25 @@ def test_every_known_operation_gives_a_state_of_its_channels(kind):
     assert seen > 40
 
 
+def test_what_has_no_spread_goes_through_every_operation_as_itself():
+    """With a variance of zero noise is the mean itself: closed form and noise must agree, channel by channel."""
+    for func in {func for funcs in _KINDS.values() for func in funcs}:
+        arguments = {**ARGUMENTS, F.pad: ((0, 0, 0, 0, 2, 0),)}.get(func, ())
+        if arguments is None:
+            continue
+        mean, found = torch.tensor([0.5, -1.0, 2.0, 3.5]), []
+        for kind in ("exact", "drawn"):
+            x = torch.ones(2, 4, 6, 6) if func is not F.linear else torch.ones(8, 4)
+            zeros = torch.zeros(4)
+            set_state(x, Moments(mean, zeros) if kind == "exact" else Sample.drawn(mean, zeros, x.shape[2:]))
+            with MomentFlow():
+                y = func([x, x], 1) if func in (torch.cat, torch.concat) else func(x, *arguments)
+            found.append(state_of(y).moments(y.shape[1]))
+        if found[1] is not None:
+            # The smallest variance that a quadrature takes is 1e-38; sums of 36 terms of size 20.
+            torch.testing.assert_close(found[0][0].float(), found[1][0].float(), rtol=0, atol=36 * 20 * FP32.eps)
+
+
 def test_sums_add_and_widening_pads_and_unknown_operations_end_it():
     def tensor(channels=2):
         x = torch.randn(3, channels, 4, 4)
@@ -242,7 +261,8 @@ def test_sums_add_and_widening_pads_and_unknown_operations_end_it():
         assert state_of(both).channels == 5
         for y in (
             tensor() * 2, tensor() + torch.ones(3, 2, 4, 4), tensor().softmax(1), torch.cat([tensor(), tensor()]),
-            torch.add(tensor(), tensor(), alpha=2), tensor()[:, :1], tensor().transpose(1, 2), tensor().mul_(3),
+            torch.add(tensor(), tensor(), alpha=2), tensor()[:, :1], tensor()[:, [1, 0]], tensor()[:, None],
+            tensor()[0], tensor().transpose(1, 2), tensor().mul_(3),
             torch.cat([tensor(), torch.ones(3, 2, 4, 4)], 1), F.pad(tensor(), (0, 0, 0, 0, -1, 0)),
         ):  # fmt: skip
             assert state_of(y) is None

@@ -2,8 +2,8 @@
 
 What lies between two norms is read off the operations as they run: every tensor that a known operation makes from a
 tensor with a state gets a state itself (`lowprec.norm.moment_states`). So it works for residual sums, widening
-shortcuts and control flow alike, and needs no graph. An operation that is not known ends the way: the next norm measures
-and predicts nothing, like the first one.
+shortcuts and control flow alike, and needs no graph. An operation that is not known ends the way: the next norm
+measures and predicts nothing, like the first one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lowprec.norm.moment_states import CASTS, RELUS, Call, Carried, set_state, state_of
+from lowprec.norm.moment_states import CASTS, DROPOUTS, RELUS, Call, Carried, set_state, state_of
 
 _KINDS: dict[str, tuple[Any, ...]] = {
     "elementwise": (
@@ -28,9 +28,10 @@ _KINDS: dict[str, tuple[Any, ...]] = {
     "added": (torch.add, torch.Tensor.add, torch.Tensor.add_),
     "same": (
         F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d,
-        F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool2d, F.dropout, F.dropout1d, F.dropout2d,
-        F.dropout3d, F.channel_shuffle, torch.Tensor.__getitem__, *CASTS,
+        F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool2d, *CASTS, *DROPOUTS,
     ),
+    "picked": (torch.Tensor.__getitem__,),
+    "shuffled": (F.channel_shuffle,),
     "padded": (F.pad,),
     "joined": (torch.cat, torch.concat),
     "flattened": (torch.flatten, torch.Tensor.flatten),
@@ -47,17 +48,12 @@ class MomentFlow(TorchFunctionMode):
         kwargs = kwargs or {}
         kind = _METHODS.get(func)
         first = args[0] if args else None
-        if kind == "joined" and args:
-            first = args[0][0]
-        state = state_of(first)
-        before = args if kind is not None and state is not None else ()
+        state = state_of(first[0] if kind == "joined" and first else first)
         out = func(*args, **kwargs)
-        if not isinstance(out, Tensor):
+        if state is None or not isinstance(out, Tensor):
             return out
-        if not before or state is None or kind is None:
-            if (
-                state is not None and isinstance(first, Tensor) and out is first
-            ):  # changed in place by something unknown
+        if kind is None:
+            if isinstance(first, Tensor) and out is first:  # changed in place, by what is not known
                 set_state(out, None)
             return out
         with _plainly(out):

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from lowprec.norm.gaussian import elementwise_moments, position_moments, relu_moments
 
-# Functions that states tell apart: changes of type, and ReLU in all its spellings.
+# Functions that states tell apart: changes of type, dropouts, and ReLU in all its spellings.
 CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.to, torch.Tensor.contiguous, torch.Tensor.type)
+DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 RELUS = (F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_)
 
 _STATE = "lowprec_moments"  # the attribute of a tensor that holds its state
@@ -35,8 +36,18 @@ class State(ABC):
         """Mean and variance of each of `channels` channels; None where that cannot be said."""
 
     def same(self, call: Call) -> State | None:
-        """An operation that is taken to leave the moments: pooling, dropout, reading some of the positions."""
+        """An operation that is taken to leave the moments: pooling, dropout, a change of type."""
         return self
+
+    def picked(self, call: Call) -> State | None:
+        """Some of the samples and positions, of all channels in their order."""
+        index = call.args[1]
+        plain = isinstance(index, tuple) and all(isinstance(part, slice) for part in index)
+        return self.same(call) if plain and index[1:2] in ((), (slice(None),)) else None
+
+    @abstractmethod
+    def shuffled(self, call: Call) -> State | None:
+        """Channels in another order."""
 
     @abstractmethod
     def elementwise(self, call: Call) -> State | None:
@@ -118,6 +129,12 @@ class Moments(State):
             return type(self)(self.mean + other.mean, self.variance + other.variance)
         return type(self)(self.mean + other, self.variance) if isinstance(other, (int, float)) else None
 
+    def shuffled(self, call: Call) -> State | None:
+        """The same of both."""
+        mean, variance = (call.func(value.view(1, -1, 1, 1), *call.args[1:], **call.kwargs).flatten()
+                          for value in (self.mean, self.variance))  # fmt: skip
+        return type(self)(mean, variance)
+
     def padded(self, call: Call) -> State | None:
         """Channels of mean and variance 0."""
         pads = list(call.args[1] if len(call.args) > 1 else call.kwargs["pad"])
@@ -196,9 +213,9 @@ class Sample(State):
 
     def same(self, call: Call) -> State | None:
         """Pools and slices are taken of the noise; dropout leaves it."""
-        return self if call.func is F.dropout or call.func in CASTS else self._through(call)
+        return self if call.func in (*CASTS, *DROPOUTS) else self._through(call)
 
-    elementwise = weighted = padded = flattened = _through
+    elementwise = weighted = shuffled = padded = flattened = _through
 
     def added(self, call: Call) -> State | None:
         """The sum of both noises."""
