@@ -242,7 +242,7 @@ def test_what_has_no_spread_goes_through_every_operation_as_itself():
                 y = func([x, x], 1) if func in (torch.cat, torch.concat) else func(x, *arguments)
             found.append(state_of(y).moments(y.shape[1]))
         if found[1] is not None:
-            # The smallest variance that a quadrature takes is 1e-38; sums of 36 terms of size 20.
+            # The smallest deviation is taken to be 1e-6, a hundredth of this; sums of 36 terms of size 20.
             torch.testing.assert_close(found[0][0].float(), found[1][0].float(), rtol=0, atol=36 * 20 * FP32.eps)
 
 
@@ -349,6 +349,19 @@ def test_networks_train_in_half_and_evaluate_as_batch_norm_does(options):
     wanted = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps).detach()
     atol = reference.rounding_bound(FP32, 16) * float(wanted.abs().max())
     torch.testing.assert_close(norm(y).detach(), wanted, rtol=0, atol=atol)
+
+
+@over_options
+def test_norms_that_begin_with_a_weight_of_zero_get_finite_gradients(options):
+    """The usual start of the last norm of a branch; here of every norm, so that ReLUs see no spread at all."""
+    model, _ = convert(small_resnet(width=4), "kalman", **options)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, KalmanBatchNorm2d):
+                module.weight.zero_()
+                module.bias.copy_(torch.linspace(-9, 9, module.num_features))
+    F.cross_entropy(model(torch.randn(2, 1, 8, 8)), torch.arange(2)).backward()
+    assert all(param.grad is None or param.grad.isfinite().all() for param in model.parameters())
 
 
 def test_closed_form_repeats_itself_and_noise_is_the_generators():

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _NODES, _REACH = 240, 6.0
+LEAST_VARIANCE = 1e-12
+"""Below it the gradient of a root, and m / s^2, would overflow in float32."""
 
 
 def relu_moments(mean_C: Tensor, variance_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,7 +20,7 @@ def relu_moments(mean_C: Tensor, variance_C: Tensor) -> tuple[Tensor, Tensor]:
 
     p and P are the standard normal density and distribution: E max(x, 0)^2 = (m^2 + s^2) P(a) + m s p(a).
     """
-    s_C = variance_C.clamp(min=torch.finfo(variance_C.dtype).tiny).sqrt()
+    s_C = variance_C.clamp(min=LEAST_VARIANCE).sqrt()
     a_C = mean_C / s_C
     below_C = torch.special.ndtr(a_C)
     density_C = torch.exp(-a_C.square() / 2) / math.sqrt(2 * math.pi)
@@ -40,7 +42,7 @@ def elementwise_moments(f: Callable[[Tensor], Tensor], mean_C: Tensor, variance_
     """
     t_K = torch.linspace(-_REACH, _REACH, _NODES, dtype=mean_C.dtype, device=mean_C.device)
     weight_K1 = torch.softmax(-t_K.square() / 2, 0)[:, None]
-    y_KC = f(mean_C + variance_C.clamp(min=torch.finfo(variance_C.dtype).tiny).sqrt() * t_K[:, None])
+    y_KC = f(mean_C + variance_C.clamp(min=LEAST_VARIANCE).sqrt() * t_K[:, None])
     first_C = (weight_K1 * y_KC).sum(0)
     return first_C, (weight_K1 * (y_KC - first_C).square()).sum(0)
 

@@ -96,12 +96,8 @@ class KalmanBatchNorm(L2BatchNorm):
         like = torch.empty(0) if like is None else like
         start = default_gain(2) if gain is None else min(max(gain, 1e-3), 1 - 1e-3)
         for name, value in (("transition", 1.0), ("process_noise", 0.1), ("gain_logit", math.log(start / (1 - start)))):
-            full = (
-                Parameter(torch.full((self.num_features,), value, device=like.device, dtype=like.dtype))
-                if learned
-                else None
-            )
-            self.register_parameter(name, full)
+            full = torch.full((self.num_features,), value, device=like.device, dtype=like.dtype)
+            self.register_parameter(name, Parameter(full) if learned else None)
         self.flow: FlowHooks | None = None
         self._predicted: tuple[Tensor, Tensor] | None = None
         self._filtered: tuple[Tensor, Tensor | None] | None = None

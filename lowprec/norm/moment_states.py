@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowprec.norm.gaussian import elementwise_moments, position_moments, relu_moments
+from lowprec.norm.gaussian import LEAST_VARIANCE, elementwise_moments, position_moments, relu_moments
 
 # Functions that states tell apart: changes of type, dropouts, and ReLU in all its spellings.
 CASTS = (torch.Tensor.float, torch.Tensor.half, torch.Tensor.to, torch.Tensor.contiguous, torch.Tensor.type)
@@ -191,7 +191,7 @@ class Sample(State):
         shape = (1 if positions else cls.rows, mean.numel(), *positions)
         ones = (1, -1, *[1] * len(positions))
         noise = torch.randn(shape, dtype=mean.dtype, device=mean.device)
-        return cls(mean.view(ones) + variance.clamp(min=0).sqrt().view(ones) * noise)
+        return cls(mean.view(ones) + variance.clamp(min=LEAST_VARIANCE).sqrt().view(ones) * noise)
 
     @property
     def channels(self) -> int:
