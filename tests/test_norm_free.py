@@ -161,7 +161,7 @@ def test_a_network_trains_in_half_folds_to_nothing_and_ships(method, network, di
     # operation per channel stays for each of them. MimicNorm leaves norms that follow no layer.
     left = 3 if network == "densenet" and method != "bnp" else 0
     assert folded.facts["norms_left"] <= left, folded.refused
-    bundle = export(shipped, (x[held],), tmp_path / "bundle", precision="fp16")
+    bundle = export(shipped, (x[held][:16],), tmp_path / "bundle", precision="fp16")
     assert bundle.parity.passed, bundle.parity
 
 
