@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from lowprec.formats import FloatFormat, round_to
+from lowprec.formats import FP64, FloatFormat, round_to
 
 Array = NDArray[np.float64]
 
@@ -15,6 +15,12 @@ Array = NDArray[np.float64]
 def rounding_bound(fmt: FloatFormat, length: int = 1, operations: int = 8) -> float:
     """Relative error bound of a sum of `length` terms and `operations` further roundings, to first order: k * u."""
     return (length + operations) * fmt.unit_roundoff
+
+
+def close(a: object, b: object, terms: int = 4096) -> None:
+    """Asserts that arrays or tensors are equal up to float64 rounding of sums of `terms`, of the largest value or 1."""
+    a, b = (np.asarray(getattr(value, "detach", lambda value=value: value)(), dtype=np.float64) for value in (a, b))
+    np.testing.assert_allclose(a, b, rtol=0, atol=rounding_bound(FP64, terms) * max(np.abs(b).max(), 1))
 
 
 def channel(x: Array, index: int) -> Array:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference_norm as reference
 import torch
+from reference_norm import close
 from torch import nn
 from torch.nn import functional as F
 
@@ -36,12 +37,6 @@ CONVOLUTIONS = [
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def close(a, b, terms=4096):
-    """Equal up to float64 rounding of sums of `terms`, relative to the largest value."""
-    a, b = (np.asarray(value.detach().double() if isinstance(value, torch.Tensor) else value) for value in (a, b))
-    np.testing.assert_allclose(a, b, rtol=0, atol=reference.rounding_bound(FP64, terms) * max(np.abs(b).max(), 1))
 
 
 def attached(model, optimizer=None, lr=0.1, convert_options=None, **options):

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import reference_norm as reference
 import torch
+from reference_norm import close
 from scipy import integrate, stats
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lowprec.errors import ConfigError, UnsupportedError
-from lowprec.formats import FP32, FP64
+from lowprec.formats import FP32
 from lowprec.methods import convert
 from lowprec.models import small_resnet
 from lowprec.norm import KalmanBatchNorm1d, KalmanBatchNorm2d
@@ -34,11 +35,6 @@ over_options = pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def close(a, b, terms=4096):
-    a, b = (np.asarray(value.detach().double() if isinstance(value, torch.Tensor) else value) for value in (a, b))
-    np.testing.assert_allclose(a, b, rtol=0, atol=reference.rounding_bound(FP64, terms) * max(np.abs(b).max(), 1))
 
 
 def predicted(norm, x, mean, variance):
