@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from lowprec.cli import main
+# Each worker gets its share of the cores, before anything imports torch; the processes that tests start inherit it.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
+from lowprec.cli import main  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
