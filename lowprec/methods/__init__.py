@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lowprec.errors import ConfigError, UnsupportedError
+from lowprec.methods.agc import attach_agc
 from lowprec.methods.bnp import attach_bnp, convert_bnp
 from lowprec.methods.bounded import attach_bounded_weight_norm, convert_bounded_weight_norm
 from lowprec.methods.kalman import convert_kalman
@@ -102,6 +103,13 @@ METHODS: dict[str, Method] = {
             "batch norms mix their moments with what the layers before them predict, for batches of a few samples",
             "Wang, Peng, Luo, Wang, Lin, Batch Kalman Normalization, arXiv 1802.03133",
             convert_kalman,
+        ),
+        Method(
+            "agc",
+            "step",
+            "gradients are clipped per output channel, in proportion to its weights",
+            "Brock, De, Smith, Simonyan, High-performance large-scale image recognition, arXiv 2102.06171",
+            attach=attach_agc,
         ),
         Method(
             "wd_mimic",
