@@ -152,7 +152,7 @@ def test_with_torchs_scaler_the_limit_is_that_of_unscaled_gradients(fused):
         scaler.step(optimizer)
         ends.append([double(param) for param in model.parameters()])
     for one, other in zip(*ends, strict=True):
-        # Powers of two: only the floor of 1e-6 on gradients, which no unit here is near, could tell them apart.
+        # Powers of two, so only the order of the products could tell them apart.
         np.testing.assert_allclose(one, other, rtol=4 * FP32.eps, atol=0)
 
 

@@ -6,7 +6,7 @@ i runs over the outputs of a weight, whose norm takes all other axes; a bias, a 
 gradients are the unscaled average of the step. The last layer is left out, as in the paper.
 
 Source: Brock, De, Smith, Simonyan, High-performance large-scale image recognition without normalization, arXiv
-2102.06171, and its code (the floors, which tensors have one norm).
+2102.06171, and its code (which tensors have one norm; its floor of 1e-6 on ||G_i|| is below every limit and left out).
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from lowprec.methods.method import Handle
 from lowprec.methods.stepping import modules_skipped
 from lowprec.precision.masters import master_of
 from lowprec.precision.transforms import transforms_of
-
-_SMALLEST_GRADIENT = 1e-6  # a norm below it is taken for it, so that zeros stay zeros
 
 
 def attach_agc(
@@ -127,7 +125,7 @@ class _Clipper:
             if moved.grad is None or id(moved) not in held:
                 continue
             limit = unit_norms(moved, groups).clamp_min(self._eps) * clip
-            factor = limit / unit_norms(moved.grad, groups).clamp_min(_SMALLEST_GRADIENT)
+            factor = limit / unit_norms(moved.grad, groups)
             moved.grad.mul_(factor.clamp_max(1).to(moved.grad.dtype))
 
     def discard(self) -> None:
