@@ -30,9 +30,9 @@ KEPT_SHARE, TIMES_AS_FAST = 0.62, 1.10
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {"ResNet-18": (ResNet18, 32), "ResNet-50": (resnet50, 8)}
 
 
-def prepared(model: nn.Module, method: str | None) -> tuple[nn.Module, torch.optim.Optimizer]:
+def prepared(model: nn.Module, method: str | None, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
     """In training, with its optimizer."""
-    model = convert(model, method)[0].train() if method else model.train()
+    model = convert(model, method, **options)[0].train() if method else model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     attach(model, optimizer)
     return model, optimizer

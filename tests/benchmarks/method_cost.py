@@ -1,0 +1,75 @@
+"""What every method costs: a training step of ResNet-18 and the bytes it keeps, against the same network with BN.
+
+    python -m tests.benchmarks.method_cost [--only METHOD ...] [--rounds 7] [--output FILE]
+
+Images of 112 pixels, batch 16, float32, SGD with momentum and whatever the method does around a step. Bytes and times as
+in `mimic_cost`: both networks run in turns, the order changing each time, and the median of the ratios is reported with
+its quartiles. `weight_norm_lp` is on top of batch norm, `agc` too; `batch_augmentation` costs what more samples cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowprec.methods import METHODS
+from tests.benchmarks.mimic_cost import kept_bytes, prepared, seconds
+from tests.benchmarks.resnet18 import ResNet18
+
+BATCH, PIXELS = 16, 112
+OPTIONS: dict[str, dict[str, Any]] = {"norm_schedule": {"every": 1}}
+LEFT_OUT = {
+    "wd_mimic": "acts as norm_schedule does, on a record",
+    "batch_augmentation": "multiplies the samples, which is its cost",
+}
+
+
+def measured() -> list[str]:
+    """The methods that have a row."""
+    return [name for name in METHODS if name not in LEFT_OUT]
+
+
+def measure(name: str, rounds: int) -> dict[str, Any]:
+    """One method."""
+    torch.manual_seed(0)
+    x, y = torch.randn(BATCH, 3, PIXELS, PIXELS), torch.arange(BATCH)
+    original = ResNet18()
+    changed, plain = prepared(original, name, **OPTIONS.get(name, {})), prepared(original, None)
+    kept = kept_bytes(changed[0], x, y) / kept_bytes(plain[0], x, y)
+    ratios = []
+    for turn in range(rounds + 1):
+        first, second = (changed, plain) if turn % 2 else (plain, changed)
+        a, b = seconds(*first, x, y), seconds(*second, x, y)
+        ratios.append(a / b if turn % 2 else b / a)
+    q1, median, q3 = statistics.quantiles(ratios[1:], n=4)  # the first turn warms up
+    return {"method": name, "kept": kept, "q1": q1, "time": median, "q3": q3}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """One line per method."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=measured(), default=measured())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args(arguments)
+    rows = []
+    for name in args.only:
+        rows.append(row := measure(name, args.rounds))
+        print(
+            f"{name}: {row['time']:.2f} ({row['q1']:.2f} to {row['q3']:.2f}) times the step, "
+            f"{row['kept']:.2f} times the bytes",
+            flush=True,
+        )
+    if args.output:
+        args.output.write_text(json.dumps(rows, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
