@@ -127,8 +127,8 @@ LEARNING_RATE = {"mimic_norm": 3e-3, "one_batch_norm": 3e-2, "bnp": 3e-3, "kalma
 # between two ReLUs that is not monotone stays an operation of its own, whichever method it comes from; plain batch norm
 # keeps as many. (BNP has none, mimic_norm leaves the norms that follow no layer.)
 STAYS = {("densenet", method): 3 for method in LEARNING_RATE if method not in ("bnp", "ic")}
-# IC puts a norm between a ReLU and each convolution but the first. Its shift passes neither the ReLU nor zeros around an
-# image, so one operation stays for each that has a kernel larger than 1x1; before all others the norm is gone.
+# IC puts a norm between a ReLU and each convolution but the first. A shift passes neither the ReLU nor the zeros around
+# an image, so one operation stays for each kernel larger than 1x1; before all other layers the norm is gone.
 STAYS |= {(network, "ic"): 2 for network in NETWORKS} | {
     ("resnet", "ic"): 6, ("pre-activation resnet", "ic"): 4, ("mlp", "ic"): 0,
 }  # fmt: skip
