@@ -125,6 +125,13 @@ METHODS: dict[str, Method] = {
             _NORM_MATTERS,
             attach=attach_norm_schedule,
         ),
+        Method(
+            "batch_augmentation",
+            "data",
+            "every batch holds several copies of its samples, each augmented by itself",
+            "Hoffer, Ben-Nun, Hubara, Giladi, Hoefler, Soudry, Augment Your Batch, CVPR 2020",
+            instead="set [data] copies and augment, or use lowprec.train.BatchAugmentation in a loop of your own",
+        ),
     )
 }
 
