@@ -80,6 +80,14 @@ def test_every_crop_is_drawn_equally_often_and_half_of_the_images_are_mirrored()
     assert abs(mirrored.double().mean() - 1 / 2) <= 5 * math.sqrt(1 / 4 / count)
 
 
+def test_augmentations_follow_each_other_in_the_order_given() -> None:
+    x = torch.rand(16, 1, 8, 8)
+    torch.manual_seed(1)
+    both = augmented({None: x}, ["crop", "cutout"])[None]
+    torch.manual_seed(1)
+    assert torch.equal(both, augmented(augmented({None: x}, ["crop"]), ["cutout"])[None])
+
+
 def test_all_images_of_a_sample_move_alike_other_inputs_stay_and_so_does_the_memory_format() -> None:
     x, numbers = torch.rand(16, 3, 8, 8), torch.rand(16, 5)
     given = {"image": x.to(memory_format=torch.channels_last), "mask": x > 0.5, "numbers": numbers}
@@ -229,6 +237,14 @@ def test_no_part_of_a_batch_holds_a_sample_twice_if_it_need_not(processes: int, 
     for part in parts:
         counts = np.unique(part, return_counts=True)[1]
         assert counts.max() == math.ceil(len(part) / len(batch))
+
+
+def test_a_batch_can_be_cut_into_as_many_parts_as_it_has_copies() -> None:
+    overrides = ['data.augment=["flip"]', "data.copies=4", "data.batch_size=5"]
+    smallest = min(len(batch) for batch in Loop(config(*overrides), ALONE, None, None)._batches(0))
+    Loop(config(*overrides, f"optim.accumulate={4 * smallest}"), ALONE, None, None)
+    with pytest.raises(ConfigError, match=f"batches of {4 * smallest} samples cannot be cut into"):
+        Loop(config(*overrides, f"optim.accumulate={4 * smallest + 1}"), ALONE, None, None)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
