@@ -15,6 +15,7 @@ from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.methods.agc import attach_agc
 from lowprec.methods.bnp import attach_bnp, convert_bnp
 from lowprec.methods.bounded import attach_bounded_weight_norm, convert_bounded_weight_norm
+from lowprec.methods.ic import convert_ic
 from lowprec.methods.kalman import convert_kalman
 from lowprec.methods.mean_only import convert_mean_only
 from lowprec.methods.method import Handle, Method, check_options, nearest_hint, options_of
@@ -112,6 +113,13 @@ METHODS: dict[str, Method] = {
             attach=attach_agc,
         ),
         Method(
+            "ic",
+            "module",
+            "batch norm and dropout before every weight layer, in place of batch norm after it",
+            "Chen et al., Rethinking the Usage of Batch Normalization and Dropout, arXiv 1905.05928",
+            convert_ic,
+        ),
+        Method(
             "wd_mimic",
             "step",
             "no weight decay: every step is corrected to the weight norms recorded in a run that had it",
@@ -124,6 +132,13 @@ METHODS: dict[str, Method] = {
             "weight norms grow on a schedule instead of a learning rate that falls",
             _NORM_MATTERS,
             attach=attach_norm_schedule,
+        ),
+        Method(
+            "batch_augmentation",
+            "data",
+            "every batch holds several copies of its samples, each augmented by itself",
+            "Hoffer, Ben-Nun, Hubara, Giladi, Hoefler, Soudry, Augment Your Batch, CVPR 2020",
+            instead="set [data] copies and augment, or use lowprec.train.BatchAugmentation in a loop of your own",
         ),
     )
 }

@@ -84,11 +84,11 @@ def _scaled_parameters(conv: BranchConv1d | BranchConv2d | BranchConv3d) -> tupl
     return scale_weight(conv.weight, conv.branch_scale), bias
 
 
-def check_two_samples(layer: nn.Linear, input: Tensor, what: str) -> None:
-    """Raises `InputValueError` if a training batch has one sample: then a norm over the samples gives zeros."""
-    if layer.training and input.numel() <= layer.in_features:
+def check_two_samples(layer: nn.Module, input: Tensor, channels: int, what: str) -> None:
+    """Raises `InputValueError` if a training batch has one value per channel: then a norm over them gives zeros."""
+    if layer.training and input.numel() <= channels:
         raise InputValueError(
-            f"{what} over the batch, so it trains on two samples or more, not on {input.numel() // layer.in_features}; "
+            f"{what} over the batch, so it trains on two samples or more, not on {input.numel() // channels}; "
             "bnp trains on one, and so does kalman where there are positions to average over"
         )
 
@@ -117,7 +117,7 @@ class NormalizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits whose batch mean is 0 and batch variance 1 (times the square of the scalar)."""
-        check_two_samples(self, input, "mimic_norm normalises its logits")
+        check_two_samples(self, input, self.in_features, "mimic_norm normalises its logits")
         y = F.linear(input, self.weight, self.bias)
         z = y if self.norm.running_mean is None else cast(y, torch.promote_types(y.dtype, self.norm.running_mean.dtype))
         z = self.norm(z) if z.dim() == 2 else self.norm(z.flatten(0, -2)).reshape(z.shape)

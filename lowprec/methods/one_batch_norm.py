@@ -93,7 +93,7 @@ class TwoHeads(nn.Linear):
         plain = F.linear(input, self.weight, self.bias)
         if not self.training:
             return plain
-        check_two_samples(self, input, "one_batch_norm normalises what the classifier reads")
+        check_two_samples(self, input, self.in_features, "one_batch_norm normalises what the classifier reads")
         flat = cast(input.flatten(0, -2), torch.promote_types(input.dtype, torch.float32))
         normalised = self.normalised(cast(self.norm(flat), input.dtype).reshape(input.shape))
         if self.heads == "both":

@@ -111,7 +111,7 @@ def traced(model: nn.Module) -> fx.Graph:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedError(
-            f"torch.fx cannot trace {type(model).__name__}, so its residual branches are unknown: {reason}"
+            f"torch.fx cannot trace {type(model).__name__}, so how its layers hang together is unknown: {reason}"
         ) from error
 
 

@@ -16,6 +16,7 @@ from typing import Any, get_origin, get_type_hints
 from lowprec.errors import ConfigError
 from lowprec.precision.modes import mode_named
 from lowprec.precision.scale import ScalePolicy
+from lowprec.train.augmentation import AUGMENTATIONS
 from lowprec.train.schedule import SCHEDULES
 from lowprec.train.toml import toml_text
 
@@ -70,15 +71,23 @@ class DataConfig:
     `batch_size` is an upper bound: an epoch is cut into batches of nearly equal size, so that no batch is so small
     that its statistics mean nothing. With `validation_fraction` that share of the training part is taken out of it and
     evaluated after each epoch, and the test part is looked at once, at the end.
+
+    With `copies` every batch holds so many copies of its samples, each augmented by itself in the ways that `augment`
+    lists, names in `AUGMENTATIONS`; epochs have as many steps as without. Evaluation augments nothing.
     """
 
     source: str = "digits"
     batch_size: int = 64
     test_fraction: float = 0.2
     validation_fraction: float = 0.0
+    copies: int = 1
+    augment: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _at_least("data.batch_size", self.batch_size, 1)
+        _at_least("data.copies", self.copies, 1)
+        for name in self.augment:
+            _one_of("data.augment", str(name), AUGMENTATIONS)
         if not 0 < self.test_fraction < 1:
             raise ConfigError(f"data.test_fraction is {self.test_fraction}; give a number between 0 and 1")
         if not 0 <= self.validation_fraction < 1:
@@ -313,6 +322,5 @@ def _at_least(name: str, value: float, least: int) -> None:
 
 
 def _kind(value: Any) -> str:
-    kinds = {bool: "true or false", **_KINDS}
-    text = kinds.get(type(value), type(value).__name__)
+    text = _KINDS.get(type(value), type(value).__name__)
     return f"{text} ({value!r})" if isinstance(value, (bool, int, float, str)) else text

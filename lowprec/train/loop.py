@@ -25,6 +25,7 @@ from lowprec.methods import attach
 from lowprec.precision import Precision
 from lowprec.precision.updates import KEPT
 from lowprec.train import run
+from lowprec.train.augmentation import Inputs, augmented, check_images
 from lowprec.train.checkpoint import (
     State,
     load_optimizer_state,
@@ -48,9 +49,8 @@ from lowprec.train.network import (
 from lowprec.train.processes import Processes
 from lowprec.train.schedule import learning_rate_factor
 
-Inputs = dict[str | None, Tensor]
 Transform = Callable[[Inputs, Tensor], tuple[Inputs, Tensor]]
-"""transform(inputs, labels): what is done to a batch before its step, with the generators seeded for that step.
+"""transform(inputs, labels): what is done to a batch, after `[data] augment`, with generators seeded for its step.
 
 It may change the number of samples, and give labels as probabilities (N, classes).
 """
@@ -88,6 +88,7 @@ class Loop:
         self.folder = folder
         self.transform = transform
         self._load_samples(config)
+        self._check_copies()
         synchronised = processes.count > 1 and config.run.statistics == "sync"
         self.model = build_network(config, synchronised).to(processes.device)
         check_inputs(self.model, self.data)
@@ -118,8 +119,18 @@ class Loop:
             self.validation = part_of(self.data, "test", data.validation_fraction)
             self.data = part_of(self.data, "train", data.validation_fraction)
 
+    def _check_copies(self) -> None:
+        data = self.config.data
+        if data.copies > 1 and not data.augment and self.transform is None:
+            raise ConfigError(
+                f"data.copies is {data.copies}, but nothing makes the copies differ; set data.augment, "
+                "or give the Trainer a transform"
+            )
+        check_images({name: array.shape for name, array in self.data.inputs.items()}, data.augment, self.data.source)
+
     def _check_batches(self) -> None:
-        parts, smallest = self.processes.count * self.config.optim.accumulate, len(self.data) // self.steps_per_epoch
+        parts = self.processes.count * self.config.optim.accumulate
+        smallest = len(self.data) // self.steps_per_epoch * self.config.data.copies
         if smallest < parts:
             raise ConfigError(
                 f"batches of {smallest} samples cannot be cut into {parts} parts (processes times optim.accumulate); "
@@ -241,6 +252,8 @@ class Loop:
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        # Whole batch after whole batch, so that no part of it holds a sample twice if it need not.
+        index = np.tile(index, self.config.data.copies)
         mine = self.processes.part(index)
         loss_sum = 0.0
         for part in np.array_split(mine, optim.accumulate) if optim.accumulate > 1 else (mine,):
@@ -264,6 +277,7 @@ class Loop:
 
     def _loss(self, index: NDArray[np.int64]) -> Tensor:
         inputs, labels = batch_of(self.data, index, self.processes.device, self.config.run.channels_last)
+        inputs = augmented(inputs, self.config.data.augment)
         if self.transform is not None:
             inputs, labels = self.transform(inputs, labels)
         with self.precision.forward():

@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.method_cost [--only METHOD ...] [--rounds 7] [--output FILE]
 
-Images of 112 pixels, batch 16, float32, SGD with momentum and whatever the method does around a step. Bytes and times as
-in `mimic_cost`: both networks run in turns, the order changing each time, and the median of the ratios is reported with
-its quartiles. `weight_norm_lp` is on top of batch norm, `agc` too; `batch_augmentation` costs what more samples cost.
+Images of 112 pixels, batch 16, float32, SGD with momentum and whatever the method does around a step. Bytes and times
+are as in `mimic_cost`: both networks run in turns, the order changing each time, and the median of the ratios is
+reported with its quartiles. `weight_norm_lp` is on top of batch norm, `agc` too; `batch_augmentation` costs what more samples cost.
 """
 
 from __future__ import annotations
