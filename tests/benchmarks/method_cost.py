@@ -4,7 +4,7 @@
 
 Images of 112 pixels, batch 16, float32, SGD with momentum and whatever the method does around a step. Bytes and times
 are as in `mimic_cost`: both networks run in turns, the order changing each time, and the median of the ratios is
-reported with its quartiles. `weight_norm_lp` is on top of batch norm, `agc` too; `batch_augmentation` costs what more samples cost.
+reported with its quartiles. `weight_norm_lp`, `bounded_weight_norm` and `agc` come on top of batch norm.
 """
 
 from __future__ import annotations
