@@ -14,6 +14,7 @@ from torch import nn
 from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.methods.bnp import attach_bnp, convert_bnp
 from lowprec.methods.bounded import attach_bounded_weight_norm, convert_bounded_weight_norm
+from lowprec.methods.frn import convert_frn
 from lowprec.methods.kalman import convert_kalman
 from lowprec.methods.mean_only import convert_mean_only
 from lowprec.methods.method import Handle, Method, check_options, nearest_hint, options_of
@@ -102,6 +103,13 @@ METHODS: dict[str, Method] = {
             "batch norms mix their moments with what the layers before them predict, for batches of a few samples",
             "Wang, Peng, Luo, Wang, Lin, Batch Kalman Normalization, arXiv 1802.03133",
             convert_kalman,
+        ),
+        Method(
+            "frn",
+            "module",
+            "batch norms divide each map by its own root mean square, and learned thresholds stand for the ReLUs",
+            "Singh, Krishnan, Filter Response Normalization Layer, CVPR 2020",
+            convert_frn,
         ),
         Method(
             "wd_mimic",
