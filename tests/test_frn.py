@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -110,11 +111,10 @@ def test_backward_is_the_definition_in_every_dtype(operations):
 
 @over_ways
 @pytest.mark.parametrize("summed", [False, True])
-@pytest.mark.parametrize("shape", SHAPES[1:3], ids=len)
-def test_gradients_of_first_and_second_order(shape, summed, operations):
+def test_gradients_of_first_and_second_order(summed, operations):
     for options in ({"learn_eps": True}, {"threshold": False}, {"affine": False}):
         norm = made(2, **options)
-        shape = (2, 2, *shape[2:4])
+        shape = (2, 2, 2, 3)
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         residual = [torch.randn(shape, dtype=torch.float64, requires_grad=True)] if summed else []
         names = list(dict(norm.named_parameters()))
@@ -517,8 +517,7 @@ def test_a_network_trains_in_half_and_ships(network, digits, tmp_path):
     stages = {stage.name for stage in bundle.parity.stages if stage.status == "ran"}
     assert any("fp16" in name for name in stages)
     assert any("fp32" in name for name in stages)
-    _, folded = fold(shipped, (x[:2],))
-    assert folded.facts["norms_left"] == norms
+    assert json.loads((bundle.folder / "fold.json").read_text())["facts"]["norms_left"] == norms
 
 
 def test_the_fold_says_in_one_sentence_why_the_norm_stays():
