@@ -2,15 +2,15 @@
 
 Per sample and channel, over the n elements of the map:
 
-    r = sqrt(mean(x^2) + eps)        y = weight * x / r + bias        z = max(y, tau)
+    r = sqrt(mean(x^2) + eps)    y = weight * x / r + bias    z = max(y, tau)
 
 No mean is taken off and no other sample is looked at, so any batch size gives the same, in training and in evaluation.
 Where tau holds, a residual may be added before it: z = max(y + residual, tau).
 
 Backward, with g = dL/dy (0 where tau holds, at y = tau too, as ReLU has it) and h = x / r:
 
-    dL/dx = weight / r * (g - h * mean(g h))    dL/dweight = sum(g h)    dL/dbias = sum(g)    dL/deps = -sum(weight / 2
-    / r^2 * sum(g h) over the map)              dL/dtau = the sum of dL/dz where tau holds
+    dL/dx = weight / r * (g - h * mean(g h))    dL/dweight = sum(g h)    dL/dbias = sum(g)
+    dL/dtau = the sum of dL/dz where tau holds  dL/deps = -sum(weight / (2 r^2) * sum(g h)), the inner sum over a map
 
 Between forward and backward x is kept, as it came, and one number per map; with a residual also one byte per element.
 
@@ -40,7 +40,8 @@ class FilterResponseNorm(nn.Module):
 
     Squares, their mean, parameters and the result are computed in float32 or wider and the result is rounded to x's
     dtype. Squares are of the widened x: a half square is 0 below 1.7e-4 and infinite from 256 on. Fold: none, the
-    divisor is computed from each sample.
+    divisor is computed from each sample. A half ONNX file holds one RMSNormalization, which squares in float32, from
+    opset 23 on; before that it squares in half, unless `keep=["module:<path of the norm>"]` keeps the layer wide.
 
     Args:
         num_features: channels C of inputs (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
