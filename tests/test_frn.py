@@ -461,10 +461,8 @@ def test_parameters_stay_wide_and_a_step_lands_in_every_mode(mode):
     assert {param.dtype for norm in norms for param in norm.parameters()} == {torch.float32}
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert {name for name in before if name.rpartition(".")[2] in ("tau", "learned_eps")} <= moved
-    twin = copy.deepcopy(model).eval()
     x = torch.randn(4, 1, 8, 8)
-    assert torch.equal(twin(x), model(x)) or any(isinstance(m, nn.Dropout) for m in model.modules())
-    assert torch.equal(twin(x), model.eval()(x))
+    assert torch.equal(copy.deepcopy(model).eval()(x), model.eval()(x))
 
 
 def test_a_run_resumes_in_the_same_bytes(tmp_path: Path):

@@ -5,7 +5,7 @@ Per sample and channel, over the n elements of the map:
     r = sqrt(mean(x^2) + eps)    y = weight * x / r + bias    z = max(y, tau)
 
 No mean is taken off and no other sample is looked at, so any batch size gives the same, in training and in evaluation.
-Where tau holds, a residual may be added before it: z = max(y + residual, tau).
+A residual may be added before the threshold: z = max(y + residual, tau).
 
 Backward, with g = dL/dy (0 where tau holds, at y = tau too, as ReLU has it) and h = x / r:
 
@@ -40,8 +40,8 @@ class FilterResponseNorm(nn.Module):
 
     Squares, their mean, parameters and the result are computed in float32 or wider and the result is rounded to x's
     dtype. Squares are of the widened x: a half square is 0 below 1.7e-4 and infinite from 256 on. Fold: none, the
-    divisor is computed from each sample. A half ONNX file holds one RMSNormalization, which squares in float32, from
-    opset 23 on; before that it squares in half, unless `keep=["module:<path of the norm>"]` keeps the layer wide.
+    divisor is computed from each sample. Half ONNX files square in half unless `keep=["module:<path of the norm>"]`
+    keeps the layer wide; from opset 23 on, and with a fixed eps, they hold an RMSNormalization, defined in float32.
 
     Args:
         num_features: channels C of inputs (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
