@@ -94,6 +94,37 @@ def l1_backward(x: Array, upstream: Array, gamma: Array, eps: float) -> tuple[Ar
     return dx, dgamma, dbeta
 
 
+def filter_response(
+    x: Array, gamma: Array, beta: Array, eps: float, tau: Array | None = None, residual: Array | None = None
+) -> Array:
+    z = np.empty_like(x)
+    for sample in range(x.shape[0]):
+        for index in range(x.shape[1]):
+            values = np.ravel(x[sample, index])
+            scale = math.sqrt(math.fsum(v * v for v in values) / len(values) + eps)
+            z[sample, index] = gamma[index] * x[sample, index] / scale + beta[index]
+            if residual is not None:
+                z[sample, index] += residual[sample, index]
+            if tau is not None:
+                z[sample, index] = np.where(z[sample, index] > tau[index], z[sample, index], tau[index])
+    return z
+
+
+def filter_response_backward(x: Array, upstream: Array, gamma: Array, eps: float) -> tuple[Array, Array, Array]:
+    """dx, dgamma, dbeta without a threshold, from the derivative of each quotient: d(x_i / r) / dx_j."""
+    dx, dgamma, dbeta = np.empty_like(x), np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    for sample in range(x.shape[0]):
+        for index in range(x.shape[1]):
+            values, g = np.ravel(x[sample, index]), np.ravel(upstream[sample, index])
+            n = len(values)
+            r = math.sqrt(math.fsum(v * v for v in values) / n + eps)
+            jacobian = np.eye(n) / r - np.outer(values, values) / (n * r**3)
+            dx[sample, index] = (gamma[index] * g @ jacobian).reshape(x[sample, index].shape)
+            dgamma[index] += math.fsum(g * values / r)
+            dbeta[index] += math.fsum(g)
+    return dx, dgamma, dbeta
+
+
 def fan_in_indices(shape: tuple[int, ...], groups: int, transposed: bool) -> list[tuple[NDArray[np.intp], int]]:
     """For every output channel: the indices on the input axis and the index on the output axis of its weights."""
     if not transposed:

@@ -36,6 +36,7 @@ CASES = {
     "bnp": (lambda: small_resnet(width=4), {}),
     "kalman": (lambda: small_resnet(width=4), {}),
     "ic": (lambda: small_resnet(width=4), {"p": 0.1}),
+    "frn": (lambda: small_resnet(width=4), {}),
 }
 MODULE_METHODS = [name for name, method in METHODS.items() if method.kind == "module"]
 over_methods = pytest.mark.parametrize("name", MODULE_METHODS)

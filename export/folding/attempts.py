@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lowprec.export.folding.accuracy import Measured, range_losses
 from lowprec.export.folding.gauges.balance import Show, balance, in_trouble
-from lowprec.export.folding.graph import Affine, Graph, LiveNorm, Node
+from lowprec.export.folding.graph import Affine, Graph, LiveNorm, Node, Opaque
 from lowprec.export.folding.rules.channel_gauges import ChannelGauges
 from lowprec.export.folding.rules.rule import Rule
 from lowprec.formats import FP16, FloatFormat
@@ -204,7 +204,9 @@ def _reason(nodes: list[Node], layer: NormLayer | None, refused: dict[Node, str]
             return node.op.reason
     if layer is not None and layer.training:
         return "is in training mode, so its statistics still change; call model.eval() before fold(model)"
+    # The constants of a norm with opaque operations (a square, a root) are only parts of it.
+    whole = not any(isinstance(node.op, Opaque) for node in nodes)
     for node in nodes:
-        if node in refused:
+        if whole and node in refused:
             return refused[node]
     return "computes its statistics from what it is given, so no constants stand for it"

@@ -15,6 +15,7 @@ from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.methods.agc import attach_agc
 from lowprec.methods.bnp import attach_bnp, convert_bnp
 from lowprec.methods.bounded import attach_bounded_weight_norm, convert_bounded_weight_norm
+from lowprec.methods.frn import convert_frn
 from lowprec.methods.ic import convert_ic
 from lowprec.methods.kalman import convert_kalman
 from lowprec.methods.mean_only import convert_mean_only
@@ -118,6 +119,13 @@ METHODS: dict[str, Method] = {
             "batch norm and dropout before every weight layer, in place of batch norm after it",
             "Chen et al., Rethinking the Usage of Batch Normalization and Dropout, arXiv 1905.05928",
             convert_ic,
+        ),
+        Method(
+            "frn",
+            "module",
+            "batch norms divide each map by its own root mean square, and learned thresholds stand for the ReLUs",
+            "Singh, Krishnan, Filter Response Normalization Layer, CVPR 2020",
+            convert_frn,
         ),
         Method(
             "wd_mimic",

@@ -30,29 +30,34 @@ def fuse_relus(model: nn.Module, norms: Iterable[ScaleBatchNorm]) -> dict[nn.Mod
     Returns:
         a sentence for each norm that computes a ReLU now, or is followed by one that it could not take in.
     """
-    plan = _Plan(model, set(norms))
-    plan.settle()
-    paths = {module: path for path, module in model.named_modules()}
+    plan = ReluPlan(model, norms)
     sentences: dict[nn.Module, str] = {norm: f"not fused: {why}" for norm, why in plan.reasons.items()}
-    for norm, sites in plan.fused.items():
-        relus = " and ".join(dict.fromkeys(repr(paths[site.relu]) for site in sites if site.relu is not None))
-        before = "the addition and " if sites[0].kind == "sum" else ""
-        sentences[norm] = f"it computes {before}the ReLU {relus} after it"
-    plan.apply()
+    for norm in plan.fused:
+        assert isinstance(norm, ScaleBatchNorm)
+        before = "the addition and " if plan.adds(norm) else ""
+        sentences[norm] = f"it computes {before}the ReLU {plan.relus_after(norm)} after it"
+        norm.act = AddReLU().train(norm.training)
+        norm.awaits_residual = plan.adds(norm)
+    plan.take_out()
     return sentences
 
 
-class _Plan:
-    """Which norms take in what follows them.
+class ReluPlan:
+    """Which norms can take in what follows them.
 
     Args:
-        model: the network.
-        norms: those that may.
+        model: a private copy; stays as it is until `take_out`.
+        norms: the norms of it that may, of any class.
+
+    Attributes:
+        fused: the calls of each norm that can.
+        reasons: why not, for each norm that is followed by a ReLU and cannot.
     """
 
-    def __init__(self, model: nn.Module, norms: set[ScaleBatchNorm]) -> None:
+    def __init__(self, model: nn.Module, norms: Iterable[nn.Module]) -> None:
+        among = set(norms)
         self._model = model
-        self._calls = read_calls(model, set(norms))
+        self._calls = read_calls(model, among)
         self._relus: dict[nn.Module, list[ReluCall]] = defaultdict(list)
         for call in self._calls.relus:
             self._relus[call.relu].append(call)
@@ -60,15 +65,26 @@ class _Plan:
         for parent in model.modules():
             for child in parent.children():
                 self._parents[child].append(parent)
+        self._paths = {module: path for path, module in model.named_modules()}
         self.fused: dict[nn.Module, list[Site]] = {}
         self.reasons: dict[nn.Module, str] = {}
         sites: dict[nn.Module, list[Site]] = defaultdict(list)
         for site in self._calls.sites:
             sites[site.norm].append(site)
-        for norm in filter(norms.__contains__, model.modules()):
+        for norm in filter(among.__contains__, model.modules()):
             self._consider(norm, sites[norm])
+        self._settle()
 
-    def settle(self) -> None:
+    def adds(self, norm: nn.Module) -> bool:
+        """Whether an addition stands between a norm of `fused` and the ReLU."""
+        return self.fused[norm][0].kind == "sum"
+
+    def relus_after(self, norm: nn.Module) -> str:
+        """The paths of the ReLUs after a norm of `fused`, in words."""
+        relus = (self._paths[site.relu] for site in self.fused[norm] if site.relu is not None)
+        return " and ".join(dict.fromkeys(map(repr, relus)))
+
+    def _settle(self) -> None:
         """Leaves out norms whose ReLU has to stay; each may make another ReLU stay, so until nothing changes."""
         while True:
             staying = {relu: why for relu in self._relus if (why := self._why_stays(relu)) is not None}
@@ -83,14 +99,11 @@ class _Plan:
             self.reasons.update(losing)
             self.fused = {norm: sites for norm, sites in self.fused.items() if norm not in losing}
 
-    def apply(self) -> None:
-        """Gives the norms their `act` and puts an Identity in the ReLUs' places."""
+    def take_out(self) -> None:
+        """Puts an Identity in the place of each ReLU that the norms of `fused` compute."""
         identities: dict[nn.Module, nn.Module] = {}
         whole = {relu for relu in self._relus if self._why_stays(relu) is None}
         for norm, sites in self.fused.items():
-            assert isinstance(norm, ScaleBatchNorm)
-            norm.act = AddReLU().train(norm.training)
-            norm.awaits_residual = sites[0].kind == "sum"
             for site in sites:
                 assert site.relu is not None
                 identity = identities.setdefault(site.relu, nn.Identity().train(site.relu.training))

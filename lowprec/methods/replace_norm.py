@@ -144,7 +144,7 @@ def replace_norms(
     for path, module in list(modules_with_paths(model)):
         if not is_norm(module):
             continue
-        reason = _why_not(module, stats_dtype)
+        reason = why_not_replaced(module, stats_dtype)
         if reason is not None:
             report.refuse(path, reason)
             continue
@@ -177,7 +177,8 @@ def _fused(model: nn.Module, norms: list[ScaleBatchNorm]) -> dict[nn.Module, str
     return reasons | fuse_relus(model, [norm for norm in norms if norm not in reasons])
 
 
-def _why_not(module: nn.Module, stats_dtype: torch.dtype | None) -> str | None:
+def why_not_replaced(module: nn.Module, stats_dtype: torch.dtype | None = None) -> str | None:
+    """Why a norm is not one of torch's own batch norms, or its statistics leave `stats_dtype`; None if neither."""
     kind = type(module)
     if kind in _DIMENSIONS or kind is nn.SyncBatchNorm:
         if "forward" in vars(module):

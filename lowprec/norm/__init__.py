@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lowprec.norm.absolute import AbsoluteBatchNorm
 from lowprec.norm.base import ScaleBatchNorm
+from lowprec.norm.filter_response import FilterResponseNorm
 from lowprec.norm.inference import inference_affine, is_norm
 from lowprec.norm.kalman import KalmanBatchNorm1d, KalmanBatchNorm2d, KalmanBatchNorm3d
 from lowprec.norm.l1 import L1BatchNorm1d, L1BatchNorm2d, L1BatchNorm3d
@@ -37,6 +38,7 @@ from lowprec.statistics import Kind, running_statistics
 __all__ = [
     "NORMS",
     "AbsoluteBatchNorm",
+    "FilterResponseNorm",
     "KalmanBatchNorm1d",
     "KalmanBatchNorm2d",
     "KalmanBatchNorm3d",

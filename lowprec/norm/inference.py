@@ -14,13 +14,15 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from lowprec.affine import ChannelAffine
 from lowprec.norm.base import ScaleBatchNorm
+from lowprec.norm.filter_response import FilterResponseNorm
 
 _TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` is a normalisation layer: one whose parameters and buffers stay float32 in the half modes."""
-    return isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, ScaleBatchNorm))
+    known = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, ScaleBatchNorm, FilterResponseNorm)
+    return isinstance(module, known)
 
 
 def inference_affine(module: nn.Module) -> ChannelAffine | None:
