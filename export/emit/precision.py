@@ -18,6 +18,7 @@ from lowprec.export.emit.node_types import ELEMENT_TYPES, MOVEMENTS, SCHEMA_TYPE
 from lowprec.export.emit.opset import in_opset, opset_of
 from lowprec.export.emit.retype import Rewriter
 from lowprec.export.emit.rounding import tensor_loss
+from lowprec.export.emit.squares import sums_of_squares
 from lowprec.export.external_data import check_model
 from lowprec.export.weight_file import WeightFile
 from lowprec.formats import FloatFormat
@@ -43,7 +44,7 @@ def convert_precision(
     Args:
         model: float32; other element types in it stay.
         fmt: FP16 or BF16.
-        keep: says which nodes stay float32, and why.
+        keep: says which nodes stay float32, and why, besides sums of squares.
         narrow_edges: floating inputs and outputs of the graph that are of the narrow type; the others stay float32.
         keep_overflowing: keep the nodes that read a constant which overflows, instead of refusing it.
         file: where large rounded weights go, which the model then refers to.
@@ -66,8 +67,13 @@ def convert_precision(
     is_float = _float_values(source)
     _check_edges(source, is_float, narrow_edges)
     overflowing = _overflowing(source, is_float, fmt, all_of_them=keep_overflowing)
+    squares = sums_of_squares(source, is_float)
+
+    def stays(node: onnx.NodeProto) -> str | None:
+        return (keep(node) if keep else None) or squares.get(node.output[0])
+
     typing = type_nodes(
-        source, is_float, SCHEMA_TYPES[fmt.name], keep, narrow_edges, overflowing, keep_overflowing=keep_overflowing
+        source, is_float, SCHEMA_TYPES[fmt.name], stays, narrow_edges, overflowing, keep_overflowing=keep_overflowing
     )
     rewriter = Rewriter(source, fmt, is_float, typing, narrow_edges, file)
     result = rewriter.run()

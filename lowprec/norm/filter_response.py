@@ -40,8 +40,8 @@ class FilterResponseNorm(nn.Module):
 
     Squares, their mean, parameters and the result are computed in float32 or wider and the result is rounded to x's
     dtype. Squares are of the widened x: a half square is 0 below 1.7e-4 and infinite from 256 on. Fold: none, the
-    divisor is computed from each sample. Half ONNX files square in half unless `keep=["module:<path of the norm>"]`
-    keeps the layer wide; from opset 23 on, and with a fixed eps, they hold an RMSNormalization, defined in float32.
+    divisor is computed from each sample. In half ONNX files it stays float32; from opset 23 on, and with a fixed eps,
+    they hold an RMSNormalization, which is defined so.
 
     Args:
         num_features: channels C of inputs (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W).
