@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from lowprec.models.parts import Act, Norm, Parts, initialise_, parts_of
+from lowprec.models.parts import Act, Network, Norm, Parts, initialise_, parts_of
 
 # Expansion, channels, blocks, stride of the first.
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -77,7 +77,7 @@ def mobilenet_v2(
     features.append(nn.Sequential(*parts.conv_norm_act(channels, last, 1)))
     layers = OrderedDict[str, nn.Module](features=features, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten())
     layers["classifier"] = nn.Sequential(nn.Dropout(dropout), nn.Linear(last, classes))
-    return initialise_(nn.Sequential(layers), linear_deviation=0.01)
+    return initialise_(Network(layers), linear_deviation=0.01)
 
 
 def _multiple_of_8(channels: float) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypedDict
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowprec.errors import ConfigError
 from lowprec.norm import NORMS
@@ -81,6 +81,15 @@ class Parts:
     def conv_norm_act(self, *args: int, **kwargs: int) -> list[nn.Module]:
         """`conv`, its norm and an activation."""
         return [*self.conv_norm(*args, **kwargs), self.act()]
+
+
+class Network(nn.Sequential):
+    """Layers by name, called one after the other with `x`, as torchvision's networks are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of images (N, in_channels, H, W)."""
+        logits: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return logits
 
 
 def parts_of(norm: Norm, act: Act, dimensions: int = 2) -> Parts:

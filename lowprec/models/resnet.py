@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowprec.errors import ConfigError
-from lowprec.models.parts import Act, Norm, Options, Parts, SizedOptions, initialise_, parts_of, scaled
+from lowprec.models.parts import Act, Network, Norm, Options, Parts, SizedOptions, initialise_, parts_of, scaled
 
 Shortcut = Callable[[int, int, int], nn.Module]
 
@@ -120,7 +120,7 @@ def _network(
             channels = width * 2**index * block.expansion
         layers[f"layer{index + 1}"] = stage
     layers |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "fc": nn.Linear(channels, classes)}
-    return initialise_(nn.Sequential(layers))
+    return initialise_(Network(layers))
 
 
 def _resnet(

@@ -10,7 +10,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from lowprec.models.parts import Act, Norm, Parts, parts_of
+from lowprec.models.parts import Act, Network, Norm, Parts, parts_of
 
 # Channels of the stem, the three stages and the last convolution, by width.
 _CHANNELS: dict[float, tuple[int, ...]] = {
@@ -90,4 +90,4 @@ def shufflenet_v2(
         layers[f"stage{index}"], channels = stage, outputs
     layers["conv5"] = nn.Sequential(*parts.conv_norm_act(channels, last, 1))
     layers |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "fc": nn.Linear(last, classes)}
-    return nn.Sequential(layers)
+    return Network(layers)

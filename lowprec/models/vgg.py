@@ -12,9 +12,18 @@ from typing import Unpack
 
 from torch import nn
 
-from lowprec.models.parts import Act, Norm, Parts, SizedOptions, initialise_, parts_of, scaled
+from lowprec.models.parts import Act, Network, Norm, Parts, SizedOptions, initialise_, parts_of, scaled
 
 _CHANNELS = (64, 128, 256, 512, 512)
+
+
+class VGGOptions(SizedOptions, total=False):
+    """Those of the VGGs.
+
+    pools: how many of the five stages a max-pool ends: 5 needs 32 pixels, 3 will do with 8.
+    """
+
+    pools: int
 
 
 def _vgg(
@@ -25,25 +34,27 @@ def _vgg(
     in_channels: int = 3,
     width: float = 1.0,
     small: bool = False,
+    pools: int = 5,
 ) -> nn.Module:
-    """So many 3x3 convolutions in each of five stages, a max-pool after each, three linear layers."""
+    """So many 3x3 convolutions in each of five stages, a max-pool after each of the first `pools`, linear layers."""
     parts = parts_of(norm, act)
     normed = not parts.bias
     parts = replace(parts, bias=True)  # torchvision's convolutions have a bias before a norm, too
     features = nn.Sequential()
     channels = in_channels
-    for depth, outputs in zip(depths, (scaled(channels, width) for channels in _CHANNELS), strict=True):
+    for index, depth in enumerate(depths):
+        outputs = scaled(_CHANNELS[index], width)
         for _ in range(depth):
             conv, made, activation = parts.conv_norm_act(channels, outputs)
             # No Identity where there is no norm: the numbers of the layers are the keys of torchvision's checkpoints.
             features.extend([conv, made, activation] if normed else [conv, activation])
             channels = outputs
-        # With ceil_mode an image of one pixel stays one, where 8x8 would otherwise be gone after three of five.
-        features.append(nn.MaxPool2d(2, 2, ceil_mode=small))
+        if index < pools:
+            features.append(nn.MaxPool2d(2, 2))
     pooled = 1 if small else 7
     classifier = nn.Linear(channels, classes) if small else _classifier(channels * 7 * 7, width, classes, parts)
     layers = OrderedDict(features=features, avgpool=nn.AdaptiveAvgPool2d(pooled), flatten=nn.Flatten())
-    return initialise_(nn.Sequential(layers | {"classifier": classifier}), linear_deviation=0.01)
+    return initialise_(Network(layers | {"classifier": classifier}), linear_deviation=0.01)
 
 
 def _classifier(inputs: int, width: float, classes: int, parts: Parts) -> nn.Module:
@@ -53,21 +64,21 @@ def _classifier(inputs: int, width: float, classes: int, parts: Parts) -> nn.Mod
     return nn.Sequential(first, parts.act(), nn.Dropout(), second, parts.act(), nn.Dropout(), last)
 
 
-def vgg11(**options: Unpack[SizedOptions]) -> nn.Module:
-    """VGG-11, 132.9 million parameters; see `parts.Options`. Small: one linear layer, images of any size."""
+def vgg11(**options: Unpack[VGGOptions]) -> nn.Module:
+    """VGG-11, 132.9 million parameters; see `VGGOptions`. Small: a global average and one linear layer."""
     return _vgg((1, 1, 2, 2, 2), **options)
 
 
-def vgg13(**options: Unpack[SizedOptions]) -> nn.Module:
+def vgg13(**options: Unpack[VGGOptions]) -> nn.Module:
     """VGG-13, 133.1 million parameters; see `vgg11`."""
     return _vgg((2, 2, 2, 2, 2), **options)
 
 
-def vgg16(**options: Unpack[SizedOptions]) -> nn.Module:
+def vgg16(**options: Unpack[VGGOptions]) -> nn.Module:
     """VGG-16, 138.4 million parameters; see `vgg11`."""
     return _vgg((2, 2, 3, 3, 3), **options)
 
 
-def vgg19(**options: Unpack[SizedOptions]) -> nn.Module:
+def vgg19(**options: Unpack[VGGOptions]) -> nn.Module:
     """VGG-19, 143.7 million parameters; see `vgg11`."""
     return _vgg((2, 2, 4, 4, 4), **options)
