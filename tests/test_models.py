@@ -251,8 +251,54 @@ def test_first_weights_are_torchvisions(name):
 def test_a_transformer_starts_with_xaviers_weights():
     for layer in (module for module in transformer().modules() if isinstance(module, nn.Linear)):
         bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
-        assert 0.95 * bound < float(layer.weight.abs().max()) <= bound
+        assert 0.95 * bound < float(layer.weight.detach().abs().max()) <= bound
         assert not layer.bias.any()
+
+
+def test_a_transformers_block_is_torchs_encoder_layer():
+    reference = nn.TransformerEncoderLayer(8, 2, 32, 0.0, "gelu", batch_first=True, norm_first=True).double()
+    block = transformer(channels=8, heads=2, blocks=1).blocks[0].double()
+    for param in reference.parameters():
+        nn.init.normal_(param, 0, 0.5)
+    names = {"self_attn.in_proj_": "attention.qkv.", "self_attn.out_proj": "attention.proj"}
+    names |= {"linear1": "mlp.0", "linear2": "mlp.2"}
+    state = {}
+    for key, value in reference.state_dict().items():
+        theirs = next((name for name in names if key.startswith(name)), "")
+        state[names.get(theirs, "") + key.removeprefix(theirs)] = value
+    block.load_state_dict(state)
+    x = torch.randn(3, 5, 8).double()
+    # Two formulas in float64 whose longest sum has 32 products of numbers of at most ten: 100 * 32 * 1.1e-16 a layer,
+    # and the norms pass on what is before them times their reciprocal deviation, which is about one.
+    torch.testing.assert_close(block(x), reference(x), rtol=0, atol=4 * 100 * 32 * 2**-53)
+
+
+def test_a_transformer_knows_where_a_patch_is_and_an_lstm_ends_with_the_last_row():
+    given = images().double()
+    model = tiny("transformer").double()
+    nn.init.normal_(model.position)
+    assert not torch.allclose(model(given), model(given.flip(2)))
+    reader = tiny("lstm").double()
+    rows = torch.cat([given[:, 0], given[:, 1]], 2)
+    _, (last, _) = reader.lstm(rows)
+    assert torch.equal(reader(given), reader.classifier(last[0]))
+
+
+def test_small_forms_keep_the_pixels_of_small_givenand_width_scales_every_layer():
+    for name in ("resnet18", "mobilenet_v2", "shufflenet_v2", "vgg11"):
+        model = tiny(name)
+        first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+        assert first(images()).shape[2:] == (8, 8)
+        assert model[: [*dict(model.named_children())].index("avgpool")](images()).shape[2:] == (1, 1)
+        assert first.out_channels == {"resnet18": 4, "mobilenet_v2": 8, "shufflenet_v2": 2, "vgg11": 4}[name]
+    convs = {
+        width: [m for m in on_meta("resnet50", width=width).modules() if isinstance(m, nn.Conv2d)] for width in (1, 0.5)
+    }
+    assert [conv.out_channels for conv in convs[1]] == [2 * conv.out_channels for conv in convs[0.5]]
+    # 90 % of 9.6 is more than 8, the multiple of 8 below; the last layer's 1280 never shrink.
+    assert [layer[0].out_channels for layer in (tiny("mobilenet_v2").features[i] for i in (0, 18))] == [8, 1280]
+    assert tiny("mobilenet_v2").features[11].conv[1][0].out_channels == 48
+    assert tiny("mobilenet_v2").features[11].conv[2].out_channels == 16
 
 
 @pytest.mark.parametrize("name", models.__all__)
