@@ -139,6 +139,8 @@ def test_vgg_halves_the_image_after_each_stage():
     sizes = [layer.kernel_size for layer in on_meta("vgg13").features if isinstance(layer, nn.MaxPool2d)]
     assert sizes == [2] * 5
     model = on_meta("vgg13", width=1 / 16)
+    last = [nn.Linear, nn.ReLU, nn.Dropout, nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
+    assert [*map(type, model.classifier)] == last
     assert model.features(torch.empty(1, 3, 64, 64, device="meta")).shape == (1, 32, 2, 2)
     assert model(torch.empty(1, 3, 64, 64, device="meta")).shape == (1, 1000)
 
@@ -284,7 +286,7 @@ def test_a_transformer_knows_where_a_patch_is_and_an_lstm_ends_with_the_last_row
     assert torch.equal(reader(given), reader.classifier(last[0]))
 
 
-def test_small_forms_keep_the_pixels_of_small_givenand_width_scales_every_layer():
+def test_small_forms_keep_the_pixels_of_small_images_and_width_scales_every_layer():
     for name in ("resnet18", "mobilenet_v2", "shufflenet_v2", "vgg11"):
         model = tiny(name)
         first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))

@@ -9,7 +9,7 @@ Source: He, Zhang, Ren, Sun, Deep Residual Learning for Image Recognition, CVPR 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, Unpack
 
 from torch import Tensor, nn
@@ -17,8 +17,6 @@ from torch.nn import functional as F
 
 from lowprec.errors import ConfigError
 from lowprec.models.parts import Act, Network, Norm, Options, Parts, SizedOptions, initialise_, parts_of, scaled
-
-Shortcut = Callable[[int, int, int], nn.Module]
 
 
 class BasicBlock(nn.Module):
@@ -29,17 +27,17 @@ class BasicBlock(nn.Module):
         width: of the convolutions and, here, the output.
         stride: of the first convolution.
         parts: norms and activations.
-        shortcut: makes what fits x to the output where the shapes differ.
+        padded: whether a shortcut between two shapes is the paper's option A, else B, a 1x1 convolution and a norm.
     """
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, parts: Parts, shortcut: Shortcut) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, parts: Parts, padded: bool = False) -> None:
         super().__init__()
         self.conv1, self.bn1 = parts.conv_norm(inputs, width, 3, stride)
         self.conv2, self.bn2 = parts.conv_norm(width, width, 3)
         self.act = parts.act()
-        self.downsample = _shortcut(inputs, width, stride, shortcut)
+        self.downsample = _shortcut(inputs, width, stride, parts, padded)
 
     def forward(self, x: Tensor) -> Tensor:
         """The block of images (N, inputs, H, W)."""
@@ -56,14 +54,14 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, parts: Parts, shortcut: Shortcut) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, parts: Parts, padded: bool = False) -> None:
         super().__init__()
         outputs = self.expansion * width
         self.conv1, self.bn1 = parts.conv_norm(inputs, width, 1)
         self.conv2, self.bn2 = parts.conv_norm(width, width, 3, stride)
         self.conv3, self.bn3 = parts.conv_norm(width, outputs, 1)
         self.act = parts.act()
-        self.downsample = _shortcut(inputs, outputs, stride, shortcut)
+        self.downsample = _shortcut(inputs, outputs, stride, parts, padded)
 
     def forward(self, x: Tensor) -> Tensor:
         """The block of images (N, inputs, H, W)."""
@@ -86,8 +84,12 @@ class PaddedShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], self.padding)
 
 
-def _shortcut(inputs: int, outputs: int, stride: int, make: Shortcut) -> nn.Module:
-    return nn.Identity() if stride == 1 and inputs == outputs else make(inputs, outputs, stride)
+def _shortcut(inputs: int, outputs: int, stride: int, parts: Parts, padded: bool) -> nn.Module:
+    if stride == 1 and inputs == outputs:
+        return nn.Identity()
+    if padded:
+        return PaddedShortcut(inputs, outputs, stride)
+    return nn.Sequential(*parts.conv_norm(inputs, outputs, 1, stride))
 
 
 def _network(
@@ -99,13 +101,9 @@ def _network(
     in_channels: int,
     *,
     small: bool,
-    shortcut: Shortcut | None = None,
+    padded: bool = False,
 ) -> nn.Module:
     """Stem, one stage per depth, each half as large and twice as wide as the one before, pooling and a classifier."""
-
-    def projection(inputs: int, outputs: int, stride: int) -> nn.Module:
-        return nn.Sequential(*parts.conv_norm(inputs, outputs, 1, stride))
-
     stem = (3, 1) if small else (7, 2)
     conv, norm = parts.conv_norm(in_channels, width, *stem)
     layers = OrderedDict(conv1=conv, bn1=norm, act=parts.act())
@@ -116,7 +114,7 @@ def _network(
         stage = nn.Sequential()
         for number in range(depth):
             stride = 2 if index > 0 and number == 0 else 1
-            stage.append(block(channels, width * 2**index, stride, parts, shortcut or projection))
+            stage.append(block(channels, width * 2**index, stride, parts, padded))
             channels = width * 2**index * block.expansion
         layers[f"layer{index + 1}"] = stage
     layers |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "fc": nn.Linear(channels, classes)}
@@ -177,9 +175,8 @@ def _cifar_resnet(
 ) -> nn.Module:
     if shortcut not in ("A", "B"):
         raise ConfigError(f"no shortcut is called {shortcut!r}; choose A (zero padding) or B (a 1x1 convolution)")
-    padded = PaddedShortcut if shortcut == "A" else None
-    parts, channels = parts_of(norm, act), scaled(16, width)
-    return _network(BasicBlock, (blocks,) * 3, channels, parts, classes, in_channels, small=True, shortcut=padded)
+    parts, channels, padded = parts_of(norm, act), scaled(16, width), shortcut == "A"
+    return _network(BasicBlock, (blocks,) * 3, channels, parts, classes, in_channels, small=True, padded=padded)
 
 
 def cifar_resnet20(**options: Unpack[CifarOptions]) -> nn.Module:
