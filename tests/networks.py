@@ -9,6 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowprec.models.mobilenet import InvertedResidual
+from lowprec.models.parts import parts_of
+
+IN_PLACE = parts_of(nn.BatchNorm2d, lambda: nn.ReLU6(inplace=True))
+
 
 def conv_norm(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
     return nn.Sequential(
@@ -65,22 +70,10 @@ class Dense(nn.Module):
         return self.head(F.relu(self.norm(torch.cat(features, 1))))
 
 
-class InvertedResidual(nn.Module):
-    def __init__(self, channels: int, expansion: int) -> None:
-        super().__init__()
-        wide = channels * expansion
-        self.expand = nn.Sequential(nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6(True))
-        self.depthwise = nn.Sequential(
-            nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False), nn.BatchNorm2d(wide), nn.ReLU6(True)
-        )
-        self.project = nn.Sequential(nn.Conv2d(wide, channels, 1, bias=False), nn.BatchNorm2d(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.project(self.depthwise(self.expand(x)))
-
-
 def inverted_residual() -> nn.Module:
-    return nn.Sequential(conv_norm(1, 8), InvertedResidual(8, 4), InvertedResidual(8, 2), Head(8))
+    return nn.Sequential(
+        conv_norm(1, 8), InvertedResidual(8, 8, 1, 4, IN_PLACE), InvertedResidual(8, 8, 1, 2, IN_PLACE), Head(8)
+    )
 
 
 class UNet(nn.Module):

@@ -222,6 +222,13 @@ def test_a_sequential_is_fused_also_where_nothing_can_be_traced_and_slot_by_slot
     assert_same(train(fused, x), train(plain, x), THREE_STEPS)
 
 
+def test_an_empty_sequential_that_is_not_called_is_passed_over():
+    block = BasicBlock(3, 3, 1)
+    block.branch1 = nn.Sequential()  # as torchvision's ShuffleNetV2 has it
+    fused, _ = convert(block, "l1")
+    assert not any(isinstance(module, nn.ReLU) for module in fused.modules())
+
+
 def test_a_sequential_whose_children_are_tapped_is_not_fused():
     class Tapped(nn.Module):
         def __init__(self):

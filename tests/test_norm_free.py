@@ -21,12 +21,17 @@ from lowprec.methods.layers import NormalizedLinear
 from lowprec.methods.mimic_norm import loss_floor
 from lowprec.methods.one_batch_norm import FixedScale, TwoHeads
 from lowprec.models import mlp, small_resnet
+from lowprec.models.mobilenet import InvertedResidual
+from lowprec.models.parts import parts_of
+from lowprec.models.resnet import Bottleneck
+from lowprec.models.shufflenet import ShuffleUnit
 from lowprec.precision import MODES, Precision
 from lowprec.precision.masters import master_of
 from lowprec.train.ema import MovingAverage, averaged_values
 from lowprec.weights import centre_
 
 CLASSES = 3
+PARTS, RELU6 = parts_of("batch", "relu"), parts_of("batch", "relu6")
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -43,38 +48,6 @@ class PreActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
-
-
-class Bottleneck(nn.Module):
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.a, self.b = conv_norm(inputs, width, 1), conv_norm(width, width, 3, stride)
-        self.c, self.skip = conv_norm(width, 4 * width, 1), conv_norm(inputs, 4 * width, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.c(F.relu(self.b(F.relu(self.a(x))))) + self.skip(x))
-
-
-class ShuffleUnit(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        half = width // 2
-        self.a, self.b = conv_norm(half, half, 1), conv_norm(half, half, 3, groups=half)
-        self.c = conv_norm(half, half, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        left, right = x.chunk(2, 1)
-        return F.channel_shuffle(torch.cat([left, F.relu(self.c(self.b(F.relu(self.a(right)))))], 1), 2)
-
-
-class InvertedResidual(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.a, self.b = conv_norm(width, 4 * width, 1), conv_norm(4 * width, 4 * width, 3, groups=4 * width)
-        self.c = conv_norm(4 * width, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.c(F.relu6(self.b(F.relu6(self.a(x)))))
 
 
 class Dense(nn.Module):
@@ -111,13 +84,13 @@ NETWORKS = {
         nn.Conv2d(1, 8, 3, padding=1, bias=False), PreActivation(8), PreActivation(8), nn.BatchNorm2d(8), nn.ReLU(),
         *head(8),
     ),
-    "bottlenecks": lambda: nn.Sequential(*stem(8), Bottleneck(8, 8, 1), Bottleneck(32, 8, 2), *head(32)),
+    "bottlenecks": lambda: nn.Sequential(*stem(8), Bottleneck(8, 8, 1, PARTS), Bottleneck(32, 8, 2, PARTS), *head(32)),
     "vgg": lambda: nn.Sequential(
         *stem(8), *conv_norm(8, 16), nn.ReLU(), nn.MaxPool2d(2), *conv_norm(16, 16), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, CLASSES),
     ),
-    "shufflenet": lambda: nn.Sequential(*stem(16), ShuffleUnit(16), ShuffleUnit(16), *head(16)),
-    "mobilenet": lambda: nn.Sequential(*stem(8), InvertedResidual(8), InvertedResidual(8), *head(8)),
+    "shufflenet": lambda: nn.Sequential(*stem(16), *(ShuffleUnit(16, 16, 1, PARTS) for _ in range(2)), *head(16)),
+    "mobilenet": lambda: nn.Sequential(*stem(8), *(InvertedResidual(8, 8, 1, 4, RELU6) for _ in range(2)), *head(8)),
     "inception": lambda: nn.Sequential(*stem(8), Inception(8, 8), Inception(24, 8), *head(24)),
     "densenet": lambda: nn.Sequential(*stem(8), Dense(8, 8), Dense(16, 8), nn.BatchNorm2d(24), nn.ReLU(), *head(24)),
     "mlp": lambda: mlp(hidden=[32, 32], classes=CLASSES),

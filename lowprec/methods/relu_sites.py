@@ -13,6 +13,7 @@ import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -129,7 +130,7 @@ class _Reader:
         order = [child for child in scope._modules.values() if child is not None]
         self.calls.seen.add(scope)
         site = None
-        for module, follower in zip(order, [*order[1:], None], strict=True):
+        for module, follower in zip_longest(order, order[1:]):
             if isinstance(module, nn.ReLU):
                 self.calls.relus.append(ReluCall(module, site, in_order=True))
             site = None
