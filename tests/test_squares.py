@@ -1,4 +1,4 @@
-"""What is computed from sums of squares stays wide in half files: evaluated in true half arithmetic, unlike on a CPU."""
+"""What is computed from sums of squares stays wide in half files: evaluated in true half arithmetic."""
 
 from __future__ import annotations
 

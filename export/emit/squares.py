@@ -1,8 +1,7 @@
 """Finds what a graph computes from sums of squares, which half precision cannot hold: a norm that was spelled out.
 
 A half square is infinite from 256 on and 0 below 1.7e-4, and its mean over a map or a row decides the size of all that
-is divided by it. onnxruntime computes half in float32 between nodes on a CPU, so nothing shows there; a device does not.
-So a square that is summed, its sum and what is computed of that alone stay wide, up to and including the node where it
+is divided by it. On a CPU onnxruntime computes half in float32, so nothing shows there; a device does not. So a square that is summed, its sum and what is computed of that alone stay wide, up to and including the node where it
 meets the activations again. Operators that are a whole norm (LayerNormalization, RMSNormalization, ...) are defined
 with sums in float32, and stay as they are.
 """
@@ -46,15 +45,17 @@ def sums_of_squares(model: onnx.ModelProto, is_float: Mapping[str, bool]) -> dic
         if _is_square(node, constants) and any(one.op_type in _SUMS for one in readers.get(node.output[0], ())):
             wide[node.output[0]] = "squares values that are summed, and a half square overflows from 256 on"
             sums.update(reader.output[0] for reader in readers[node.output[0]] if reader.op_type in _SUMS)
-        elif node.op_type in _SUMS_OF_SQUARES:
-            sums.add(node.output[0])
-        elif node.op_type in _OF_ONE_VALUE and activations and all(name in sums for name in activations):
+        elif node.op_type in _SUMS_OF_SQUARES or _is_of_sums(node, activations, sums):
             sums.add(node.output[0])
         elif node.op_type in _USES and any(name in sums for name in activations):
             wide[node.output[0]] = "reads a sum of squares, which stays wide"
         if node.output[0] in sums:
             wide[node.output[0]] = "computes a sum of squares, or something of it, and half does not hold it"
     return wide
+
+
+def _is_of_sums(node: onnx.NodeProto, activations: list[str], sums: set[str]) -> bool:
+    return node.op_type in _OF_ONE_VALUE and bool(activations) and all(name in sums for name in activations)
 
 
 def _is_square(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
