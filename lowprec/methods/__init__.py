@@ -23,6 +23,7 @@ from lowprec.methods.norm_schedule import attach_norm_schedule
 from lowprec.methods.one_batch_norm import convert_one_batch_norm
 from lowprec.methods.recording import Recorder, record_norms
 from lowprec.methods.replace_norm import convert_l1, convert_l2_half, convert_linf, convert_topk
+from lowprec.methods.scaled_ws import convert_scaled_ws
 from lowprec.methods.wd_mimic import attach_wd_mimic
 from lowprec.methods.weight_norm_lp import attach_weight_norm_lp, convert_weight_norm_lp
 from lowprec.report import ChangeReport
@@ -102,6 +103,13 @@ METHODS: dict[str, Method] = {
             "batch norms mix their moments with what the layers before them predict, for batches of a few samples",
             "Wang, Peng, Luo, Wang, Lin, Batch Kalman Normalization, arXiv 1802.03133",
             convert_kalman,
+        ),
+        Method(
+            "scaled_ws",
+            "module",
+            "no batch norm; weights are standardised and hold the constants of a normaliser-free network",
+            "Brock, De, Smith, Simonyan, arXiv 2101.08692 and 2102.06171",
+            convert_scaled_ws,
         ),
         Method(
             "wd_mimic",
