@@ -27,6 +27,7 @@ COMMANDS: dict[str, str] = {
     "check-resume": "prove on a config that a killed and resumed run ends in the same bits",
     "calibrate": "measure ranges and half-precision headroom on data",
     "inspect": "say what a file, a bundle or a run is",
+    "study": "train a grid of methods, batch sizes, precisions and seeds alike; table, figures, page",
     "migrate": "show the edits that move a script over from apex.amp or torch.cuda.amp",
     "doctor": "versions, devices, and which backends work here",
 }

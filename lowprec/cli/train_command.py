@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.output is None:
         raise ConfigError("train needs a run folder to write; give -o RUN")
-    with stopping(is_alone()) as stopped, progress("train") if is_first() else _silence() as report_progress:
+    with stopping(is_alone()) as stopped, progress("train") if is_first() else silence() as report_progress:
         trainer = Trainer(config, progress=report_progress, note=note)
         result = trainer.fit(args.output, resume=args.resume, stop=lambda: bool(stopped))
     if not is_first():
@@ -76,7 +76,7 @@ def stopping(active: bool) -> Iterator[list[signal.Signals]]:
 
     def ask(number: int, frame: object) -> None:
         caught.append(signal.Signals(number))
-        note(f"{signal.Signals(number).name}: saving after this step; once more to leave at once")
+        note(f"{signal.Signals(number).name}: finishing what is in progress; once more to leave at once")
         for name, handler in before.items():
             signal.signal(name, handler)
 
@@ -90,5 +90,6 @@ def stopping(active: bool) -> Iterator[list[signal.Signals]]:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
+    """In place of `progress`, for the processes that do not talk."""
     yield

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lowprec.errors import ConfigError, UnsupportedError
+from lowprec.methods.agc import attach_agc
 from lowprec.methods.bnp import attach_bnp, convert_bnp
 from lowprec.methods.bounded import attach_bounded_weight_norm, convert_bounded_weight_norm
 from lowprec.methods.kalman import convert_kalman
@@ -110,6 +111,13 @@ METHODS: dict[str, Method] = {
             "no batch norm; weights are standardised and hold the constants of a normaliser-free network",
             "Brock, De, Smith, Simonyan, arXiv 2101.08692 and 2102.06171",
             convert_scaled_ws,
+        ),
+        Method(
+            "agc",
+            "step",
+            "gradients are clipped per output channel, in proportion to its weights",
+            "Brock, De, Smith, Simonyan, High-performance large-scale image recognition, arXiv 2102.06171",
+            attach=attach_agc,
         ),
         Method(
             "wd_mimic",

@@ -201,6 +201,8 @@ class _Preconditioner:
             removers.append(module.weight.register_post_accumulate_grad_hook(self._backward_came).remove)
         return removers
 
+    waits = True  # statistics are kept on the host, and only those of steps that land
+
     def apply(self) -> None:
         """Statistics first, of all layers in one exchange; then gradients."""
         for statistics, rows in self._take_statistics().items():

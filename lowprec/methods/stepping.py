@@ -70,17 +70,19 @@ def layers_of(model: nn.Module) -> list[Layer]:
     return list(layers.values())
 
 
-def split_layers(model: nn.Module, skip: Sequence[str] | None) -> tuple[list[Layer], list[Layer]]:
-    """`(acted on, left out)`: left out are the layers at and below the paths in `skip`; for None the last registered.
+def modules_skipped(model: nn.Module, skip: Sequence[str] | None) -> set[nn.Module]:
+    """The modules at and below the paths in `skip`; for None the conv or linear layer that is registered last.
 
-    The last layer is the classifier as a rule; no norm follows it, so its norm means something. A weight that is left
-    out somewhere is left out everywhere.
+    The last layer is the classifier as a rule; no norm follows it, so its norm means something.
     """
     if skip is None:
-        last = [module for module in model.modules() if isinstance(module, (nn.Linear, _ConvNd))][-1:]
-        skipped: set[nn.Module] = set(last)
-    else:
-        skipped = modules_at(model, skip, "skip")
+        return set([module for module in model.modules() if isinstance(module, (nn.Linear, _ConvNd))][-1:])
+    return modules_at(model, skip, "skip")
+
+
+def split_layers(model: nn.Module, skip: Sequence[str] | None) -> tuple[list[Layer], list[Layer]]:
+    """`(acted on, left out)` by `skip`; a weight that is left out somewhere is left out everywhere."""
+    skipped = modules_skipped(model, skip)
     weights = [module.weight for module in skipped if isinstance(module, (nn.Linear, _ConvNd))]
     acted_on: list[Layer] = []
     left_out: list[Layer] = []

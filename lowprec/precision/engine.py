@@ -399,8 +399,8 @@ class Precision:
         return self._bound
 
     def _land(self, bound: _Bound, landed: bool | Tensor, clip_norm: float | None, clip_value: float | None) -> None:
-        if bound.transforms:
-            landed = bool(landed)  # they keep state on the host
+        if bound.transforms.wait:
+            landed = bool(landed)
             if not landed:
                 return
         with bound.update.opened() if bound.update else nullcontext():

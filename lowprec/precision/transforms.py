@@ -17,8 +17,11 @@ from torch.optim import Optimizer
 class GradientTransform(Protocol):
     """One method on one optimizer."""
 
+    waits: bool
+    """Whether `apply` must not be called for a step that will not land, so that a GPU has to be waited for."""
+
     def apply(self) -> None:
-        """Changes gradients in place, float32 and unscaled, found at `master_of(param).grad`. The step will land."""
+        """Changes gradients in place, float32 and unscaled, found at `master_of(param).grad`."""
 
     def discard(self) -> None:
         """Forgets what belongs to gradients that are dropped, after a step or without one."""
@@ -32,8 +35,10 @@ class GradientTransforms:
         """Whether a `Precision` calls them."""
         self._transforms: list[GradientTransform] = []
 
-    def __bool__(self) -> bool:
-        return bool(self._transforms)
+    @property
+    def wait(self) -> bool:
+        """Whether one of them waits to know that the step lands."""
+        return any(transform.waits for transform in self._transforms)
 
     def add(self, optimizer: Optimizer, transform: GradientTransform) -> list[Callable[[], None]]:
         """Adds one; returns what takes it off."""

@@ -146,6 +146,7 @@ class RunConfig:
     Args:
         epochs: passes over the training samples.
         seed: of weights, data order and whatever the model draws.
+        evaluate_every: epochs between two evaluations; 0 evaluates after the last only.
         checkpoint_every_steps: a checkpoint after so many steps; 0 saves at the end of each epoch only.
         keep: the newest so many checkpoints stay.
         device: `auto` is the GPU if there is one.
@@ -158,6 +159,7 @@ class RunConfig:
 
     epochs: int = 10
     seed: int = 0
+    evaluate_every: int = 1
     checkpoint_every_steps: int = 0
     keep: int = 2
     device: str = "auto"
@@ -169,6 +171,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _at_least("run.epochs", self.epochs, 1)
         _at_least("run.seed", self.seed, 0)
+        _at_least("run.evaluate_every", self.evaluate_every, 0)
         _at_least("run.checkpoint_every_steps", self.checkpoint_every_steps, 0)
         _at_least("run.keep", self.keep, 1)
         _one_of("run.device", self.device, DEVICES)
@@ -197,24 +200,33 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: the file is missing, not TOML, or holds an unknown or wrong value.
     """
+    return parse_config(read_config(path), overrides, str(path))
+
+
+def read_config(path: str | Path) -> str:
+    """The text of a config. Raises `ConfigError` if there is none."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"the config {path} is not UTF-8 text") from None
     except OSError as error:
         raise ConfigError(f"the config {path} cannot be read: {error.strerror or error}") from None
-    return parse_config(text, overrides, str(path))
 
 
 def parse_config(text: str, overrides: Iterable[str] = (), name: str = "the config") -> Config:
     """Parses TOML text; `name` stands for it in errors. Raises `ConfigError`."""
+    return config_from(parse_toml(text, overrides, name))
+
+
+def parse_toml(text: str, overrides: Iterable[str], name: str) -> dict[str, Any]:
+    """TOML with `section.key=value` overrides applied, as nested plain data. Raises `ConfigError`."""
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{name} is not valid TOML: {error}") from None
     for override in overrides:
-        _override(raw, override)
-    return config_from(raw)
+        override_value(raw, override)
+    return raw
 
 
 def config_from(raw: Mapping[str, Any]) -> Config:
@@ -225,10 +237,11 @@ def config_from(raw: Mapping[str, Any]) -> Config:
             raise ConfigError(f"unknown section [{name}]; {_nearest(name, sections)}")
         if not isinstance(value, Mapping):
             raise ConfigError(f"[{name}] is {_kind(value)}; it must be a section of keys and values")
-    return Config(**{name: _section(name, sections[name], values) for name, values in raw.items()})
+    return Config(**{name: section_from(name, sections[name], values) for name, values in raw.items()})
 
 
-def _section(section: str, cls: Any, values: Mapping[str, Any]) -> Any:
+def section_from(section: str, cls: Any, values: Mapping[str, Any]) -> Any:
+    """The dataclass `cls` from plain data, its keys and types checked. Raises `ConfigError`."""
     types = get_type_hints(cls)
     checked = {}
     for key, value in values.items():
@@ -239,7 +252,8 @@ def _section(section: str, cls: Any, values: Mapping[str, Any]) -> Any:
 
 
 _KINDS: dict[type, str] = {
-    float: "a number", int: "a whole number", str: "a string", dict: "a table", bool: "true or false"
+    float: "a number", int: "a whole number", str: "a string", dict: "a table", bool: "true or false",
+    list: "an array",
 }  # fmt: skip
 
 
@@ -251,18 +265,24 @@ def _checked(name: str, value: Any, wanted: type) -> Any:
     return value
 
 
-def _override(raw: dict[str, Any], text: str) -> None:
-    """Applies one `section.key=value`; the value is TOML, and a bare word is a string."""
+def override_value(raw: dict[str, Any], text: str) -> None:
+    """Applies one `section.key=value`; the value is TOML, and a bare word is a string. Raises `ConfigError`."""
     path, equals, value = text.partition("=")
     keys = [key.strip() for key in path.split(".")]
     if not equals or len(keys) < 2 or not all(keys):
         raise ConfigError(f"--set {text!r} is not of the form section.key=value")
+    put_value(raw, path, _value(value.strip(), text), f"--set {text!r}")
+
+
+def put_value(raw: dict[str, Any], path: str, value: Any, what: str) -> None:
+    """Sets `section.key` of nested plain data; `what` begins the error where the path leads through no table."""
     table = raw
-    for key in keys[:-1]:
+    *parents, last = (key.strip() for key in path.split("."))
+    for key in parents:
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {text!r}: {key!r} is not a table")
-    table[keys[-1]] = _value(value.strip(), text)
+            raise ConfigError(f"{what}: {key!r} is not a table")
+    table[last] = value
 
 
 def _value(value: str, text: str) -> Any:
@@ -293,6 +313,6 @@ def _at_least(name: str, value: float, least: int) -> None:
 
 
 def _kind(value: Any) -> str:
-    kinds = {bool: "true or false", **_KINDS, list: "an array"}
+    kinds = {bool: "true or false", **_KINDS}
     text = kinds.get(type(value), type(value).__name__)
     return f"{text} ({value!r})" if isinstance(value, (bool, int, float, str)) else text

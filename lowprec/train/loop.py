@@ -56,6 +56,7 @@ It may change the number of samples, and give labels as probabilities (N, classe
 """
 
 _STEP, _EVALUATION = 1, 2  # what random numbers are for
+_EVALUATED = 8  # batches evaluated at once: without a backward pass they take less memory than one trained
 
 
 @dataclass
@@ -296,9 +297,11 @@ class Loop:
             "train_loss": loss_sum / samples if samples else math.nan,
         }
         last = counts.epoch + 1 == self.config.run.epochs
-        if self.validation is not None:
+        every = self.config.run.evaluate_every
+        asked = last or (every > 0 and (counts.epoch + 1) % every == 0)
+        if self.validation is not None and asked:
             row |= self._evaluated("validation", self.validation)
-        if self.validation is None or last:
+        if last or (self.validation is None and asked):
             row |= self._evaluated("test", self.test)
         counts.history.append({name: value if math.isfinite(value) else None for name, value in row.items()})
         counts.epoch += 1
@@ -311,5 +314,7 @@ class Loop:
     def _evaluated(self, part: str, samples: Samples) -> dict[str, float]:
         seed_generators(self.config.run.seed, _EVALUATION, self.counts.step)
         with self.ema.applied(self.model) if self.ema else nullcontext():
-            loss, accuracy = evaluate(self.model, samples, self.config.data.batch_size, self.processes.device)
+            loss, accuracy = evaluate(
+                self.model, samples, _EVALUATED * self.config.data.batch_size, self.processes.device
+            )
         return {f"{part}_loss": loss, f"{part}_accuracy": accuracy}

@@ -143,7 +143,14 @@ def batch_of(
 def logits_of(model: nn.Module, inputs: dict[str | None, Tensor], labels: Tensor) -> Tensor:
     """Calls the model, by position for an unnamed input, and checks that it returns (N, classes)."""
     named = {name: tensor for name, tensor in inputs.items() if name is not None}
-    logits = model(**named) if named else model(inputs[None])
+    try:
+        logits = model(**named) if named else model(inputs[None])
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise DataError(
+            "torch's batch norm needs more than one value per channel, and this batch has one; raise data.batch_size"
+        ) from None
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(f"the model returns {found} for {len(labels)} samples; training needs logits (N, classes)")

@@ -32,7 +32,8 @@ class TrainResult:
         model: as trained, in the run's precision, in evaluation mode; with `optim.ema` the average.
         accuracy: on the test samples after the last epoch; NaN if the run is not finished.
         losses: mean training loss per finished epoch, over steps that landed.
-        accuracies: accuracy per finished epoch on the validation samples, where there are none on the test samples.
+        accuracies: accuracy per epoch with an evaluation, on the validation samples, where there are none on the test
+            samples.
         steps: attempted.
         landed: steps whose update was applied.
         skipped: steps that overflowed.
@@ -148,7 +149,7 @@ def _result(loop: Loop, finished: bool, begun: int) -> TrainResult:
         model=loop.model.eval(),
         accuracy=history[-1]["test_accuracy"] if finished else math.nan,
         losses=[math.nan if row["train_loss"] is None else row["train_loss"] for row in history],
-        accuracies=[row[watched] for row in history],
+        accuracies=[row[watched] for row in history if watched in row],
         steps=counts.step,
         landed=counts.landed,
         skipped=counts.step - counts.landed,
