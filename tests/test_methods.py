@@ -36,6 +36,7 @@ CASES = {
     "bnp": (lambda: small_resnet(width=4), {}),
     "kalman": (lambda: small_resnet(width=4), {}),
     "scaled_ws": (lambda: small_resnet(width=4), {}),
+    "bn_free_binary": (lambda: small_resnet(width=4), {}),
 }
 MODULE_METHODS = [name for name, method in METHODS.items() if method.kind == "module"]
 over_methods = pytest.mark.parametrize("name", MODULE_METHODS)

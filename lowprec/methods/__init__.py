@@ -13,6 +13,7 @@ from torch import nn
 
 from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.methods.agc import attach_agc
+from lowprec.methods.bn_free_binary import attach_bn_free_binary, convert_bn_free_binary
 from lowprec.methods.bnp import attach_bnp, convert_bnp
 from lowprec.methods.bounded import attach_bounded_weight_norm, convert_bounded_weight_norm
 from lowprec.methods.kalman import convert_kalman
@@ -111,6 +112,14 @@ METHODS: dict[str, Method] = {
             "no batch norm; weights are standardised and hold the constants of a normaliser-free network",
             "Brock, De, Smith, Simonyan, arXiv 2101.08692 and 2102.06171",
             convert_scaled_ws,
+        ),
+        Method(
+            "bn_free_binary",
+            "module",
+            "no batch norm; inner convolutions have binary weights and inputs, gradients are clipped adaptively",
+            'Chen, Zhang, Ouyang, Liu, Shen, Wang, "BNN - BN = ?", arXiv 2104.08215',
+            convert_bn_free_binary,
+            attach_bn_free_binary,
         ),
         Method(
             "agc",

@@ -32,7 +32,7 @@ from lowprec.functional import accumulation_dtype
 from lowprec.methods.norm_free import add_bias, draw_weights, remove_batch_norms, why_not_plain
 from lowprec.methods.rewrite import modules_with_paths
 from lowprec.methods.signals import Signal, after_elementwise, propagate
-from lowprec.methods.structure import classifier_of, residual_branches, traced
+from lowprec.methods.structure import classifier_of, layers_before, residual_branches, traced
 from lowprec.norm import ScaleBatchNorm, is_norm
 from lowprec.parametrize import ScaledStandardisation, register_on_weight
 from lowprec.report import ChangeReport
@@ -46,11 +46,13 @@ class Place:
     """What a layer is in its network.
 
     Args:
+        mean: what its input would have.
         std: the standard deviation that its input would have.
         scale: of its output: alpha where a residual branch ends in it, else 1.
         reason: why its weight cannot be standardised, or None.
     """
 
+    mean: float
     std: float
     scale: float
     reason: str | None
@@ -95,35 +97,36 @@ def convert_scaled_ws(
             report.change(path, _what_was_done(place, gain))
         else:
             report.refuse(path, f"is not standardised: {place.reason}")
-    for path, layer in modules_with_paths(model):
-        if isinstance(layer, (_ConvNd, nn.Linear)) and not any(name in places for name in path.split(" = ")):
-            report.refuse(path, "is not standardised: the network never calls it as a layer of its own")
     if all(place.reason for place in places.values()):
         raise UnsupportedError(f"method 'scaled_ws' found no weight to standardise in {type(model).__name__}")
     return model
 
 
-def standardise(layer: nn.Module, constant: float, gain: float, eps: float) -> ScaledStandardisation:
-    """Puts scaled standardisation on the weight of a conv or linear layer, and gives it a bias."""
+def standardise(
+    layer: nn.Module,
+    constant: float,
+    gain: float,
+    eps: float,
+    make: type[ScaledStandardisation] = ScaledStandardisation,
+) -> None:
+    """Puts scaled standardisation, or `make`, on the weight of a conv or linear layer, and gives it a bias."""
     assert isinstance(layer, (_ConvNd, nn.Linear))
     add_bias(layer)
     weight = layer.weight
     dtype = accumulation_dtype(weight.dtype)
-    made = ScaledStandardisation(torch.full(weight.shape[:1], gain, dtype=dtype, device=weight.device), constant, eps)
-    register_on_weight(layer, made)
-    return made
+    gain_O = torch.full(weight.shape[:1], gain, dtype=dtype, device=weight.device)
+    register_on_weight(layer, make(gain_O, constant, eps))
 
 
 def take_norms_out(model: nn.Module, report: ChangeReport) -> None:
     """Removes the batch norms that a layer comes before; the report says why others stay."""
     modules = dict(model.named_modules())
-    behind: set[fx.Node] = set()  # the nodes that a layer comes before
+    graph = traced(model)
+    behind = layers_before(model, graph)
     keep: dict[nn.Module, str] = {}
-    for node in traced(model).nodes:
+    for node in graph.nodes:
         module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, (_ConvNd, nn.Linear)) or any(other in behind for other in node.all_input_nodes):
-            behind.add(node)
-        elif isinstance(module, (_BatchNorm, ScaleBatchNorm)):
+        if isinstance(module, (_BatchNorm, ScaleBatchNorm)) and node not in behind:
             keep[module] = "normalises what the network is given, whose size nothing else knows; it stays"
         if node.target in _FUNCTIONAL_NORMS[:2]:
             report.refuse(node.name, "a functional batch norm is not a module and cannot be taken out; it stays")
@@ -159,10 +162,14 @@ def read_places(model: nn.Module, alpha: float, report: ChangeReport) -> dict[st
         reason = "it makes the logits" if path == logits else _why_not(module)
         scale = alpha if path in ends and reason is None else 1.0
         std = math.sqrt(inputs[0].variance) or 1.0  # a constant input has nothing to restore
-        places[path] = Place(max(std, places[path].std if path in places else 0.0), scale, reason)
+        if path not in places or std > places[path].std:
+            places[path] = Place(inputs[0].mean, std, scale, reason)
         return Signal(0.0, scale**2)
 
     propagate(model, graph, rule)
+    for path, layer in modules_with_paths(model):
+        if isinstance(layer, (_ConvNd, nn.Linear)) and not any(name in places for name in path.split(" = ")):
+            report.refuse(path, "is not standardised: the network never calls it as a layer of its own")
     return places
 
 

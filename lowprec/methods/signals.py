@@ -86,6 +86,13 @@ def propagate(model: nn.Module, graph: fx.Graph, rule: Rule) -> dict[fx.Node, Si
     return found
 
 
+def is_elementwise(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether the node is an activation, or arithmetic."""
+    if module is not None:
+        return type(module) in _ACTIVATIONS or isinstance(module, nn.PReLU)
+    return _name(node, None) in _ELEMENTWISE
+
+
 @torch.no_grad()
 def after_elementwise(node: fx.Node, module: nn.Module | None, inputs: list[Signal]) -> Signal | None:
     """The signal after an activation, or arithmetic with numbers, or a product of two independent signals.
@@ -95,7 +102,7 @@ def after_elementwise(node: fx.Node, module: nn.Module | None, inputs: list[Sign
     name = _name(node, module)
     if name in _PRODUCTS and len(inputs) == 2:
         return _of_values(inputs[0].values() * _shuffled(inputs[1].values(), node))
-    if len(inputs) != 1 or not (type(module) in _ACTIVATIONS or (module is None and name in _ELEMENTWISE)):
+    if len(inputs) != 1 or not is_elementwise(node, module):
         return None
     after = _of_values(_applied(node, module, inputs[0].values()))
     if name in PUBLISHED_GAINS:
