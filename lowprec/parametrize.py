@@ -16,7 +16,14 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from lowprec.errors import UnsupportedError
-from lowprec.weights import bounded_weight, gained_weight, initial_bound, initial_gain, output_rows
+from lowprec.weights import (
+    bounded_weight,
+    gained_weight,
+    initial_bound,
+    initial_gain,
+    output_rows,
+    standardised_weight,
+)
 
 
 class WeightNorm(nn.Module, ABC):
@@ -112,6 +119,47 @@ class GainedWeightNorm(WeightNorm):
     def radius(self) -> Tensor:
         """The root mean square of the row norms of w."""
         return self.bound / math.sqrt(self.gain.numel())
+
+
+class ScaledStandardisation(nn.Module):
+    """w_o = constant * gain_o * standardised v_o per output channel; see `weights.standardised_weight`.
+
+    `gain` is a new parameter (O,), in float32 or wider also where the weight is half. `constant` belongs to the place
+    of the layer in its network: a buffer, so that it travels with the weights that were trained with it.
+
+    Args:
+        gain: (O,), what to start from.
+        constant: the factor of the layer.
+        eps: least fan-in times variance.
+    """
+
+    wide_parameters = ("gain", "constant")
+    constant: Tensor
+
+    def __init__(self, gain: Tensor, constant: float, eps: float) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(gain)
+        self.register_buffer("constant", torch.tensor(constant, dtype=gain.dtype, device=gain.device))
+        self.eps = eps
+
+    def forward(self, v: Tensor) -> Tensor:
+        """The standardised weight of v."""
+        return standardised_weight(v, self.gain, self.constant, self.eps)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Any weight is its own v: what standardising takes off is the gain's."""
+        return weight
+
+    def extra_repr(self) -> str:
+        """The constants."""
+        return f"constant={float(self.constant):.4g}, eps={self.eps:g}"
+
+
+def register_on_weight(module: nn.Module, made: nn.Module) -> None:
+    """Parametrises the weight of a layer by `made`; the parameter object stays, and so does the training flag."""
+    parametrize.register_parametrization(module, "weight", made)
+    assert isinstance(module.parametrizations, nn.ModuleDict)
+    module.parametrizations.train(module.training)  # torch registers them in training mode
 
 
 def weight_layout(module: nn.Module) -> tuple[int, bool]:

@@ -1,4 +1,4 @@
-"""Weight maps as pure functions of tensors: norms per output channel, bounded weights, centring.
+"""Weight maps as pure functions of tensors: norms per output channel, bounded and standardised weights, centring.
 
 Apart from `lowprec.functional` because a weight has its own axes: what belongs to one output channel depends on the
 kind of layer, and `output_rows` is the one place that knows. Norms and means are taken in float32 or wider, because
@@ -109,6 +109,33 @@ def gained_weight(
     gain = cast(gain_O, rows.dtype)
     factor = (gain * (bound / torch.linalg.vector_norm(gain))).reshape(norms.shape) / norms
     return cast((rows * factor).reshape(v.shape), v.dtype)
+
+
+def standardised_weight(v: Tensor, gain_O: Tensor, constant: Tensor | float = 1.0, eps: float = 1e-4) -> Tensor:
+    """w_o = constant * gain_o * (v_o - mean(v_o)) / sqrt(max(n var(v_o), eps)) for every output channel o (axis 0).
+
+    n is the fan-in, the number of elements in v_o, and var has no Bessel factor. So sum w_o = 0 and sum w_o^2 =
+    (constant gain_o)^2: inputs of any common mean and of variance 1 give outputs of variance (constant gain_o)^2.
+    `eps` is not added: it is reached only where v_o is next to constant, and there w_o and its gradient stay finite.
+    Above eps, with G = dL/dw_o, dL/dv_o sums to 0 and is orthogonal to v_o.
+
+    Args:
+        v: weight of a linear or conv layer, (O, ...).
+        gain_O: (O,).
+        constant: a factor of the whole layer.
+        eps: least n var.
+
+    Returns:
+        like v; moments in float32 or wider, rounded once.
+
+    Source: Brock, De, Smith, Characterizing signal propagation to close the performance gap in unnormalized ResNets,
+    arXiv 2101.08692, eq. 4, with the eps of DeepMind's code to Brock et al., arXiv 2102.06171.
+    """
+    rows = cast(v, accumulation_dtype(v.dtype, gain_O.dtype)).flatten(1)
+    centred = rows - rows.mean(1, keepdim=True)
+    squares = centred.square().sum(1, keepdim=True)  # n var
+    factor = constant * cast(gain_O, rows.dtype)[:, None] * squares.clamp(min=eps).rsqrt()
+    return cast((centred * factor).reshape(v.shape), v.dtype)
 
 
 def initial_bound(

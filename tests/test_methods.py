@@ -37,6 +37,8 @@ CASES = {
     "kalman": (lambda: small_resnet(width=4), {}),
     "ic": (lambda: small_resnet(width=4), {"p": 0.1}),
     "frn": (lambda: small_resnet(width=4), {}),
+    "scaled_ws": (lambda: small_resnet(width=4), {}),
+    "bn_free_binary": (lambda: small_resnet(width=4), {}),
 }
 MODULE_METHODS = [name for name, method in METHODS.items() if method.kind == "module"]
 over_methods = pytest.mark.parametrize("name", MODULE_METHODS)

@@ -1,4 +1,4 @@
-"""MimicNorm, one batch norm, BN preconditioning and Kalman norms on networks of eight kinds, from step to bundle."""
+"""Methods without batch norms, or with other ones, on networks of nine kinds, from step to bundle."""
 
 from __future__ import annotations
 
@@ -95,11 +95,13 @@ NETWORKS = {
     "densenet": lambda: nn.Sequential(*stem(8), Dense(8, 8), Dense(16, 8), nn.BatchNorm2d(24), nn.ReLU(), *head(24)),
     "mlp": lambda: mlp(hidden=[32, 32], classes=CLASSES),
 }  # fmt: skip
-LEARNING_RATE = {"mimic_norm": 3e-3, "one_batch_norm": 3e-2, "bnp": 3e-3, "kalman": 3e-3, "ic": 3e-3}
+LEARNING_RATE = {
+    "mimic_norm": 3e-3, "one_batch_norm": 3e-2, "bnp": 3e-3, "kalman": 3e-3, "scaled_ws": 3e-3, "ic": 3e-3,
+}  # fmt: skip
 # A dense block's concatenations, of what came out of a ReLU too, are each read by a norm before a ReLU. An affine
 # between two ReLUs that is not monotone stays an operation of its own, whichever method it comes from; plain batch norm
-# keeps as many. (BNP has none, mimic_norm leaves the norms that follow no layer.)
-STAYS = {("densenet", method): 3 for method in LEARNING_RATE if method not in ("bnp", "ic")}
+# keeps as many. (BNP and scaled_ws have none, mimic_norm leaves the norms that follow no layer.)
+STAYS = {("densenet", method): 3 for method in ("mimic_norm", "one_batch_norm", "kalman")}
 # IC puts a norm between a ReLU and each convolution but the first. A shift passes neither the ReLU nor the zeros around
 # an image, so one operation stays for each kernel larger than 1x1; before all other layers the norm is gone.
 STAYS |= {(network, "ic"): 2 for network in NETWORKS} | {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -150,8 +151,11 @@ def test_every_mode_learns_the_digits(mode: str) -> None:
 
 
 # What a method cannot do without. Mean-only batch norm leaves the scale of a layer to its weights, so these must start
-# at one that keeps the signal, and take a smaller learning rate. Filter response norm takes no mean off: slower.
+# at one that keeps the signal, and take a smaller learning rate. Filter response norm and scaled weight standardisation
+# take longer to begin with. Signs are trained as their authors do, with Adam.
 NEEDED_OPTIONS = {
+    "scaled_ws": ["run.epochs=3"],
+    "bn_free_binary": ["run.epochs=3", "optim.name=adamw", "optim.lr=0.01"],
     "wd_mimic": ["method.args.record_to=norms.jsonl"],
     "norm_schedule": ["method.args.every=25"],
     "frn": ["run.epochs=3"],
@@ -168,7 +172,9 @@ def test_every_method_trains_saves_and_loads(method: str, tmp_path: Path, monkey
     model, loaded = load_run(tmp_path / "run")
     assert loaded.method.name == method
     x = torch.from_numpy(load_data("digits").inputs[None][:32])
-    half, wide = result.model(x), model(x)
+    # A sign within rounding of zero may turn between half and float32, and moves the logits by more than rounding does.
+    trained = copy.deepcopy(result.model).float() if method == "bn_free_binary" else result.model
+    half, wide = trained(x), model(x)
     # the same weights, computed in half and in float32: a few roundings per layer, far below the logits' spread
     assert (half - wide).abs().max() < 0.05 * wide.std()
 

@@ -1,9 +1,10 @@
 """Finds what a graph computes from sums of squares, which half precision cannot hold: a norm that was spelled out.
 
 A half square is infinite from 256 on and 0 below 1.7e-4, and its mean over a map or a row decides the size of all that
-is divided by it. On a CPU onnxruntime computes half in float32, so nothing shows there; a device does not. So a square that is summed, its sum and what is computed of that alone stay wide, up to and including the node where it
-meets the activations again. Operators that are a whole norm (LayerNormalization, RMSNormalization, ...) are defined
-with sums in float32, and stay as they are.
+is divided by it. On a CPU onnxruntime computes half in float32, so nothing shows there; a device does not. So a square
+that is summed, its sum and what is computed of that alone stay wide, up to and including the node where it meets the
+activations again. Operators that are a whole norm (LayerNormalization, RMSNormalization, ...) are defined with sums in
+float32, and stay as they are.
 """
 
 from __future__ import annotations

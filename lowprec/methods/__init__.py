@@ -13,6 +13,7 @@ from torch import nn
 
 from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.methods.agc import attach_agc
+from lowprec.methods.bn_free_binary import attach_bn_free_binary, convert_bn_free_binary
 from lowprec.methods.bnp import attach_bnp, convert_bnp
 from lowprec.methods.bounded import attach_bounded_weight_norm, convert_bounded_weight_norm
 from lowprec.methods.frn import convert_frn
@@ -26,6 +27,7 @@ from lowprec.methods.norm_schedule import attach_norm_schedule
 from lowprec.methods.one_batch_norm import convert_one_batch_norm
 from lowprec.methods.recording import Recorder, record_norms
 from lowprec.methods.replace_norm import convert_l1, convert_l2_half, convert_linf, convert_topk
+from lowprec.methods.scaled_ws import convert_scaled_ws
 from lowprec.methods.wd_mimic import attach_wd_mimic
 from lowprec.methods.weight_norm_lp import attach_weight_norm_lp, convert_weight_norm_lp
 from lowprec.report import ChangeReport
@@ -105,6 +107,21 @@ METHODS: dict[str, Method] = {
             "batch norms mix their moments with what the layers before them predict, for batches of a few samples",
             "Wang, Peng, Luo, Wang, Lin, Batch Kalman Normalization, arXiv 1802.03133",
             convert_kalman,
+        ),
+        Method(
+            "scaled_ws",
+            "module",
+            "no batch norm; weights are standardised and hold the constants of a normaliser-free network",
+            "Brock, De, Smith, Simonyan, arXiv 2101.08692 and 2102.06171",
+            convert_scaled_ws,
+        ),
+        Method(
+            "bn_free_binary",
+            "module",
+            "no batch norm; inner convolutions have binary weights and inputs, gradients are clipped adaptively",
+            'Chen, Zhang, Ouyang, Liu, Shen, Wang, "BNN - BN = ?", arXiv 2104.08215',
+            convert_bn_free_binary,
+            attach_bn_free_binary,
         ),
         Method(
             "agc",

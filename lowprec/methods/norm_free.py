@@ -7,6 +7,7 @@ layer to layer, and the ends of residual branches are small enough that the sum 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -35,11 +36,11 @@ def remove_norm(model: nn.Module, norm: nn.Module) -> nn.Module:
     return stays
 
 
-def remove_batch_norms(model: nn.Module, report: ChangeReport) -> int:
-    """Takes out every batch norm, torch's and this library's; returns how many."""
+def remove_batch_norms(model: nn.Module, report: ChangeReport, keep: Collection[nn.Module] = ()) -> int:
+    """Takes out every batch norm, torch's and this library's, but those in `keep`; returns how many."""
     count = 0
     for path, norm in list(modules_with_paths(model)):
-        if isinstance(norm, (_BatchNorm, ScaleBatchNorm)) and norm is not model:
+        if isinstance(norm, (_BatchNorm, ScaleBatchNorm)) and norm is not model and norm not in keep:
             stays = remove_norm(model, norm)
             report.change(path, f"{type(norm).__name__} became {type(stays).__name__}; its parameters are dropped")
             count += 1

@@ -15,14 +15,12 @@ Source: KataGo, docs/KataGoMethods.md, "One Batch Norm" and "Fixed Variance Init
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from lowprec.affine import ChannelAffine
 from lowprec.errors import ConfigError, UnsupportedError
@@ -30,7 +28,8 @@ from lowprec.functional import accumulation_dtype, apply_channel_affine, cast
 from lowprec.methods.layers import check_two_samples
 from lowprec.methods.norm_free import HE_VARIANCE, draw_weights
 from lowprec.methods.rewrite import inherit, replace_module
-from lowprec.methods.structure import ADDITIONS, classifier_of, traced
+from lowprec.methods.signals import Signal, propagate
+from lowprec.methods.structure import classifier_of, traced
 from lowprec.norm import ScaleBatchNorm
 from lowprec.report import ChangeReport
 
@@ -132,7 +131,7 @@ def convert_one_batch_norm(
     old = model.get_submodule(path)
     if type(old) is not nn.Linear:
         raise UnsupportedError(f"one_batch_norm needs a final torch.nn.Linear, but {path!r} is a {type(old).__name__}")
-    norms = dict(_norms(model, graph))
+    norms = _norms(model, graph)
     if not norms:
         raise UnsupportedError(f"method 'one_batch_norm' found no batch norm in {type(model).__name__}")
     for name, variance in norms.items():
@@ -154,21 +153,15 @@ def convert_one_batch_norm(
     return replace_module(model, old, heads_module)
 
 
-def _norms(model: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, float]]:
+def _norms(model: nn.Module, graph: fx.Graph) -> dict[str, float]:
     """Path and input variance of each batch norm; the largest where it is called several times."""
-    modules = dict(model.named_modules())
-    variance: dict[fx.Node, float] = {}
     found: dict[str, float] = {}
-    for node in graph.nodes:
-        inputs = [variance[other] for other in node.all_input_nodes]
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, (_BatchNorm, ScaleBatchNorm)):
-            found[str(node.target)] = max(inputs[0], found.get(str(node.target), 0.0))
-            variance[node] = 1.0
-        elif node.target in ADDITIONS and len(node.all_input_nodes) == 2:
-            variance[node] = sum(inputs)
-        elif isinstance(module, (_ConvNd, nn.Linear)) or inputs:
-            variance[node] = sum(inputs) / len(inputs)
-        else:
-            variance[node] = 1.0
-    yield from found.items()
+
+    def rule(node: fx.Node, module: nn.Module | None, inputs: list[Signal]) -> Signal | None:
+        if not isinstance(module, (_BatchNorm, ScaleBatchNorm)):
+            return None  # weights of variance 2 / fan-in give their input's variance again, the ReLU included
+        found[str(node.target)] = max(inputs[0].variance, found.get(str(node.target), 0.0))
+        return Signal()
+
+    propagate(model, graph, rule)
+    return found

@@ -42,6 +42,7 @@ class Branch:
         convs: how many convolutions it holds.
         last_conv: path of the convolution that it ends in; None when `reason` says why there is none to scale.
         reason: why no scalar can be multiplied into its end.
+        shortcut: paths of the convolutions on the other side.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Branch:
     convs: int
     last_conv: str | None
     reason: str | None
+    shortcut: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,17 @@ def residual_branches(model: nn.Module) -> list[Branch]:
     return reader.branches(reader.norms()[0])
 
 
+def layers_before(model: nn.Module, graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that read the output of a conv or linear layer, directly or not."""
+    modules = dict(model.named_modules())
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        layers = [modules.get(str(other.target)) for other in node.all_input_nodes if other.op == "call_module"]
+        if any(isinstance(layer, (_ConvNd, nn.Linear)) for layer in layers) or found & set(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def classifier_of(model: nn.Module, graph: fx.Graph) -> str:
     """The path of the linear layer that makes the logits. Raises `UnsupportedError` if there is none."""
     return _Reader(graph, dict(model.named_modules())).classifier()
@@ -100,7 +113,7 @@ class LayerTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether `m` is one node."""
-        whole = isinstance(m, (nn.Linear, _ConvNd)) or is_norm(m)
+        whole = isinstance(m, (nn.Linear, nn.PReLU, _ConvNd)) or is_norm(m)
         return whole or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -157,16 +170,18 @@ class _Reader:
             sides = [arg for arg in node.args if isinstance(arg, fx.Node)]
             if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS or len(sides) != 2:
                 continue
-            counts = self._convs_per_side(sides[0], sides[1])
-            if counts is None or max(counts) == 0:
+            convs = self._convs_per_side(sides[0], sides[1])
+            if convs is None or not any(convs):
                 continue
+            counts = len(convs[0]), len(convs[1])
             end = sides[0] if counts[0] > counts[1] else sides[1]
             last = self._before(end, lambda n: self._passes(n) or (str(n.target) in removed and not self._has_relu(n)))
             reason = self._why_not_scalable(end, last)
             if counts[0] == counts[1]:
                 reason = f"both sides of the sum hold {counts[0]} convolutions, so neither is the branch"
             path = None if reason else str(last.target)
-            found.append(Branch(node.name, len(found) + 1, max(counts), path, reason))
+            shortcut = () if counts[0] == counts[1] else tuple(str(conv.target) for conv in min(convs, key=len))
+            found.append(Branch(node.name, len(found) + 1, max(counts), path, reason, shortcut))
         return found
 
     def classifier(self) -> str:
@@ -183,7 +198,7 @@ class _Reader:
             raise UnsupportedError(f"{node.target!r} makes the logits, but the network calls it more than once")
         return str(node.target)
 
-    def _convs_per_side(self, left: fx.Node, right: fx.Node) -> tuple[int, int] | None:
+    def _convs_per_side(self, left: fx.Node, right: fx.Node) -> tuple[list[fx.Node], list[fx.Node]] | None:
         """Convolutions on either way from the fork to the sum; None when there is no fork, so no residual."""
         upto = [self._ancestors[side] | self._bit[side] for side in (left, right)]
         common = upto[0] & upto[1] & self._data
@@ -191,13 +206,9 @@ class _Reader:
             return None
         fork = self._nodes[common.bit_length() - 1]
         before = self._ancestors[fork] | self._bit[fork]
-        left_count, right_count = (
-            sum(
-                1 for node in self._nodes if self._bit[node] & side & ~before and isinstance(self.module(node), _ConvNd)
-            )
-            for side in upto
-        )
-        return left_count, right_count
+        convs = [node for node in self._nodes if isinstance(self.module(node), _ConvNd) and self._bit[node] & ~before]
+        left_convs, right_convs = ([node for node in convs if self._bit[node] & side] for side in upto)
+        return left_convs, right_convs
 
     def _why_not_scalable(self, end: fx.Node, last: fx.Node) -> str | None:
         module = self.module(last)

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lowprec.errors import UnsupportedError
 
@@ -59,7 +59,7 @@ class PendingSum:
 
     def __add__(self, residual: Tensor) -> Tensor:
         """Finishes the sum; also what `+=`, a sum with the other order, `torch.add` and `Tensor.add` come to."""
-        if not isinstance(residual, Tensor):
+        if not isinstance(residual, (Tensor, fx.Proxy)):  # a proxy where methods read the network's structure
             raise self._unexpected(f"added to a {type(residual).__name__}")
         return self._finish(residual)
 
