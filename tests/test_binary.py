@@ -159,7 +159,7 @@ def test_what_stays_wide_in_every_mode(mode):
         with precision.forward():
             loss = F.cross_entropy(model(x), torch.arange(16) % 10)
         assert precision.step(loss)
-    conv, act = model.blocks[0].conv1, model.blocks[0].relu
+    conv, act = model.blocks[0].conv1, model.blocks[0].act
     made = conv.parametrizations.weight[0]
     wide = (conv.shift, conv.scale, made.gain, made.constant, act.weight, act.before, act.after)
     assert {value.dtype for value in wide} == {torch.float32}

@@ -159,6 +159,7 @@ NEEDED_OPTIONS = {
     "wd_mimic": ["method.args.record_to=norms.jsonl"],
     "norm_schedule": ["method.args.every=25"],
     "frn": ["run.epochs=3"],
+    "agc": ["method.args.clip=0.1"],  # the default is for batches of thousands
     "mean_only": ["model.factory=trainer_nets:he_initialised", "model.args={}", "optim.lr=0.1", "run.epochs=3"],
 }
 
