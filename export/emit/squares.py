@@ -65,4 +65,4 @@ def _is_square(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) 
     if node.op_type != "Pow" or node.input[1] not in constants:
         return False
     exponent = numpy_helper.to_array(constants[node.input[1]])
-    return exponent.size == 1 and exponent.item() == 2
+    return exponent.size == 1 and bool(exponent.item() == 2)
