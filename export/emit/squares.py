@@ -10,8 +10,10 @@ float32, and stay as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import onnx
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
 _SUMS = frozenset({"ReduceMean", "ReduceSum", "GlobalAveragePool", "AveragePool"})
@@ -64,5 +66,5 @@ def _is_square(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) 
         return node.input[0] == node.input[1]
     if node.op_type != "Pow" or node.input[1] not in constants:
         return False
-    exponent = numpy_helper.to_array(constants[node.input[1]])
+    exponent: NDArray[Any] = numpy_helper.to_array(constants[node.input[1]])
     return exponent.size == 1 and bool(exponent.item() == 2)
