@@ -63,7 +63,7 @@ def _is_of_sums(node: onnx.NodeProto, activations: list[str], sums: set[str]) ->
 
 def _is_square(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
     if node.op_type == "Mul":
-        return node.input[0] == node.input[1]
+        return bool(node.input[0] == node.input[1])
     if node.op_type != "Pow" or node.input[1] not in constants:
         return False
     exponent: NDArray[Any] = numpy_helper.to_array(constants[node.input[1]])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +182,8 @@ class StudyConfig:
 
     def to_toml(self) -> str:
         """The config with the defaults of the study written out."""
-        lines = [asdict(line) for line in self.lines]
-        questions = [_without_defaults(asdict(question)) for question in self.questions]
+        lines = [_without_defaults(line) for line in self.lines]
+        questions = [_without_defaults(question) for question in self.questions]
         return toml_text({"study": asdict(self.grid), **self.base, "line": lines, "question": questions})
 
 
@@ -251,7 +251,11 @@ def _tables(name: str, value: Any) -> list[Mapping[str, Any]]:
     return [_table(name, one) for one in value]
 
 
-def _without_defaults(question: dict[str, Any]) -> dict[str, Any]:
-    for name in ("first", "second"):
-        question[name] = {key: value for key, value in question[name].items() if value}
-    return question
+def _without_defaults(value: Line | Question | Place) -> dict[str, Any]:
+    found = {}
+    for one in fields(value):
+        held = getattr(value, one.name)
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        if held != default:
+            found[one.name] = _without_defaults(held) if isinstance(held, Place) else held
+    return found

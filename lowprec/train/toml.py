@@ -28,13 +28,21 @@ def toml_text(document: Mapping[str, Any]) -> str:
 
 
 def _table(path: tuple[str, ...], table: Mapping[str, Any], lines: list[str]) -> None:
-    plain = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
+    plain = {key: value for key, value in table.items() if not isinstance(value, Mapping) and not _are_tables(value)}
     if path and (plain or not table):
         lines += ["", f"[{'.'.join(_key(part) for part in path)}]"]
     lines += [f"{_key(key)} = {_value(value, (*path, key))}" for key, value in plain.items()]
     for key, value in table.items():
         if isinstance(value, Mapping):
             _table((*path, key), value, lines)
+        elif _are_tables(value):
+            for one in value:
+                lines += ["", f"[[{'.'.join(_key(part) for part in (*path, key))}]]"]
+                lines += [f"{_key(name)} = {_value(item, (*path, key, name))}" for name, item in one.items()]
+
+
+def _are_tables(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(one, Mapping) for one in value)
 
 
 def _key(key: str) -> str:
