@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowprec.errors import ConfigError, UnsupportedError
+from lowprec.export import fold
 from lowprec.formats import FP32, FP64
 from lowprec.methods import METHODS, Handle, Method, attach, convert
 from lowprec.methods.layers import NormalizedLinear
@@ -105,6 +106,21 @@ def test_converted_networks_train_export_and_load(name):
         # Another summation order in float32 over the network's depth; relative to the largest logit.
         atol = reference.rounding_bound(FP32, 1000) * want.abs().max().item()
         torch.testing.assert_close(program.module()(images()), want, rtol=0, atol=atol)
+
+
+@over_methods
+def test_what_the_table_says_of_folding_is_so(name):
+    model, _ = convert(CASES[name][0](), name, **CASES[name][1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    attach(model, optimizer)
+    train(model, optimizer)
+    _, report = fold(model.eval(), (images(2),))
+    says = METHODS[name].folds
+    if says.startswith("no:") or "stays" in says:
+        assert report.facts["norms_left"] > 0
+        assert report.refused
+    else:
+        assert report.facts["norms_left"] == 0
 
 
 @over_methods

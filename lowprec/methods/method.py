@@ -42,6 +42,7 @@ class Method:
             (a new object if the root itself was replaced) and fills the report. None for kinds that leave the network.
         attach: `attach(model, optimizer, **args) -> Handle`; None for a method that needs nothing around a step.
         instead: for kind "data", where the method is switched on.
+        folds: what becomes of it when the network is folded; begins with "no:" where norms stay.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Method:
     convert: Callable[..., nn.Module] | None = None
     attach: Callable[..., Handle] | None = None
     instead: str = ""
+    folds: str = "nothing to fold"
 
 
 def options_of(function: Callable[..., Any] | None) -> list[str]:

@@ -24,6 +24,21 @@ from tests.benchmarks.resnet18 import ResNet18
 
 BATCH, PIXELS = 16, 112
 OPTIONS: dict[str, dict[str, Any]] = {"norm_schedule": {"every": 1}}
+# The rows of `digits.toml` that stand for a method; None is batch norm.
+LINES: dict[str | None, str] = {
+    None: "batch norm",
+    **{name: name for name in ("l1", "linf", "topk", "l2_half", "mimic_norm", "one_batch_norm", "bnp", "kalman")},
+    **{name: name for name in ("frn", "scaled_ws", "ic")},
+    "bounded_weight_norm": "mean_only + bounded_weight_norm",
+    "mean_only": "mean_only + bounded_weight_norm",
+    "weight_norm_lp": "weight_norm_lp (p = inf), batch norm",
+    "agc": "agc (clip = 0.1), batch norm",
+    "bn_free_binary": "bn_free_binary, adamw",
+    "batch_augmentation": "batch_augmentation (4 crops), batch norm",
+    "norm_schedule": "norm_schedule, batch norm",
+}
+MODE, BATCHES = "fp16-master", (128, 16, 2, 1)
+RESULTS = Path(__file__).parent / "results"
 LEFT_OUT = {
     "wd_mimic": "acts as norm_schedule does, on a record",
     "batch_augmentation": "multiplies the samples, which is its cost",
@@ -49,6 +64,28 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         ratios.append(a / b if turn % 2 else b / a)
     q1, median, q3 = statistics.quantiles(ratios[1:], n=4)  # the first turn warms up
     return {"method": name, "kept": kept, "q1": q1, "time": median, "q3": q3}
+
+
+def readme_table(costs: list[dict[str, Any]], study: dict[str, Any]) -> list[str]:
+    """One row per method: what it is, whether it folds, what it costs, and its accuracies in the stored study."""
+    cost = {row["method"]: (f"{row['time']:.2f}", f"{row['kept']:.2f}") for row in costs}
+    accuracy = {
+        (point["line"], point["batch"]): point["accuracy"] for point in study["points"] if point["precision"] == MODE
+    }
+    head = ["method", "what it does", "folds", "step", "kept", *(f"batch {batch}" for batch in BATCHES)]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name in [None, *METHODS]:
+        what, folds = ("the baseline", "exactly") if name is None else (METHODS[name].summary, METHODS[name].folds)
+        shown = [_percent(accuracy[LINES[name], batch]) if name in LINES else "" for batch in BATCHES]
+        title = "batch norm" if name is None else f"`{name}`"
+        kind = f" ({METHODS[name].kind})" if name is not None and METHODS[name].kind != "module" else ""
+        step, kept = ("1", "1") if name is None else cost.get(name, ("", ""))
+        rows.append(f"| {' | '.join([title + kind, what, folds, step, kept, *shown])} |")
+    return rows
+
+
+def _percent(interval: dict[str, float] | None) -> str:
+    return "cannot" if interval is None else f"{100 * interval['mean']:.1f} ± {100 * interval['half']:.1f}"
 
 
 def main(arguments: list[str] | None = None) -> int:
