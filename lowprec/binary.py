@@ -41,7 +41,9 @@ class _Sign(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         size = x.abs()
-        slope = (2 - 2 * size).clamp(min=0) if ctx.estimator == "quadratic" else (size <= 1).to(x.dtype)
+        # The sign of NaN is -1; its slope is NaN, so that the loss scale sees it.
+        clipped = torch.where(size.isnan(), size, (size <= 1).to(x.dtype))
+        slope = (2 - 2 * size).clamp(min=0) if ctx.estimator == "quadratic" else clipped
         return grads[0] * slope, None
 
 

@@ -50,6 +50,9 @@ def test_signs_and_their_gradients():
         border = 0.0 if estimator == "quadratic" else 1.0
         want = [0, border, slopes[-0.5], slopes[-0.0], slopes[0.0], slopes[0.25], border, 0]
         assert leaf.grad.tolist() == [3 * value for value in want]
+        lost = torch.tensor([math.nan], requires_grad=True)
+        sign(lost, estimator).backward()
+        assert lost.grad.isnan()  # or the loss scale would never know
 
 
 def test_a_binary_weight_is_that_of_the_definition_with_the_gradient_of_the_standardised_one():
