@@ -365,8 +365,8 @@ def test_the_report_says_what_became_of_every_relu():
     _, report = convert(small_resnet(width=4, blocks=2), "frn")
     reasons = {row.name: row.reason for row in report.changed}
     became = "BatchNorm2d became FilterResponseNorm; "
-    assert reasons["norm"] == became + "its threshold stands for the ReLU 'relu'"
-    assert reasons["blocks.1.norm2"] == became + "its threshold stands after the addition, for the ReLU 'blocks.1.relu'"
+    assert reasons["norm"] == became + "its threshold stands for the ReLU 'act'"
+    assert reasons["blocks.1.norm2"] == became + "its threshold stands after the addition, for the ReLU 'blocks.1.act'"
     assert reasons["blocks.1.shortcut.1"].startswith(became + "no threshold: the other side of the sum is a norm too")
     _, report = convert(NETWORKS["mobilenet"](), "frn")
     reasons = Counter(row.reason.partition("; ")[2] for row in report.changed)

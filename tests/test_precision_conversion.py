@@ -74,7 +74,12 @@ def test_narrow_models_are_valid_and_hold_no_casts_that_cancel(model, precision)
     assert cancelling(narrow) == []
     types = {tensor.data_type for tensor in narrow.graph.initializer}
     assert (TensorProto.BFLOAT16 if precision == "bf16" else TensorProto.FLOAT16) in types
-    assert precision == "mixed" or TensorProto.FLOAT not in types
+    assert precision == "mixed" or TensorProto.FLOAT not in types or holds_squares(model)
+
+
+def holds_squares(model: onnx.ModelProto) -> bool:
+    """Whether something is computed from a sum of squares: a pooled standard deviation is."""
+    return any(node.op_type in ("Sqrt", "ReduceL2") for node in model.graph.node)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -100,7 +105,8 @@ def test_half_models_hold_as_many_casts_as_onnxconverter_makes_or_fewer(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of the values that it clips
         theirs = float16.convert_float_to_float16(copied(model), keep_io_types=True)
-    assert len(casts(narrowed(model, "fp16"))) <= len(casts(theirs))
+    # One cast up to a sum of squares, which that converter rounds to half, and one down behind it.
+    assert len(casts(narrowed(model, "fp16"))) <= len(casts(theirs)) + 2 * holds_squares(model)
 
 
 CAST, JOIN = {"to": TensorProto.FLOAT}, {"axis": 1}
