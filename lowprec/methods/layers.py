@@ -2,7 +2,7 @@
 
 Both are subclasses of the layer they replace and keep its state_dict keys, so checkpoints of the plain network load and
 anything that looks for convolutions or linear layers still finds them. The scalar multiplies the weight and the bias
-instead of the output: fewer elements, nothing stored for the backward pass, and the export bakes it in.
+instead of the output: fewer elements, no tensor more for the backward pass, and the export bakes it in.
 """
 
 from __future__ import annotations
@@ -14,46 +14,96 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowprec.functional import accumulation_dtype, cast
+from lowprec.kernels import kernels_apply
 from lowprec.norm.checks import InputValueError
 from lowprec.weights import scale_weight
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-class BranchConv1d(nn.Conv1d):
+class _BranchConv(nn.Module):
     """branch_scale * conv(x), computed as conv with branch_scale * weight and branch_scale * bias. Fold: exact."""
 
     wide_parameters = ("branch_scale",)
     branch_scale: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
-        """The scaled convolution."""
-        output: Tensor = self._conv_forward(input, *_scaled_parameters(self))
-        return output
+        """The scaled convolution; between forward and backward it keeps what the plain one would."""
+        conv: Any = self
+        padding = conv.padding
+        if conv.padding_mode != "zeros":
+            input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+            padding = (0,) * len(conv.kernel_size)
+        geometry = (conv.stride, padding, conv.dilation, conv.groups)
+        # Transforms of gradients need operations of torch, and only those know inputs without a batch axis and padding
+        # by name.
+        plain = not kernels_apply(input) or isinstance(padding, str)
+        compute: Any = _convolved if plain or input.dim() != conv.weight.dim() else _ScaledConvolution.apply
+        result: Tensor = compute(input, conv.weight, conv.bias, self.branch_scale, geometry)
+        return result
 
 
-class BranchConv2d(nn.Conv2d):
-    """branch_scale * conv(x), computed as conv with branch_scale * weight and branch_scale * bias. Fold: exact."""
-
-    wide_parameters = ("branch_scale",)
-    branch_scale: nn.Parameter
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The scaled convolution."""
-        output: Tensor = self._conv_forward(input, *_scaled_parameters(self))
-        return output
+class BranchConv1d(_BranchConv, nn.Conv1d):
+    """See `branch_conv`."""
 
 
-class BranchConv3d(nn.Conv3d):
-    """branch_scale * conv(x), computed as conv with branch_scale * weight and branch_scale * bias. Fold: exact."""
+class BranchConv2d(_BranchConv, nn.Conv2d):
+    """See `branch_conv`."""
 
-    wide_parameters = ("branch_scale",)
-    branch_scale: nn.Parameter
 
-    def forward(self, input: Tensor) -> Tensor:
-        """The scaled convolution."""
-        output: Tensor = self._conv_forward(input, *_scaled_parameters(self))
-        return output
+class BranchConv3d(_BranchConv, nn.Conv3d):
+    """See `branch_conv`."""
+
+
+Geometry = tuple[tuple[int, ...], Any, tuple[int, ...], int]
+"""Stride, padding, dilation and groups of a convolution."""
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, geometry: Geometry) -> Tensor:
+    function: Any = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+    result: Tensor = function(
+        x, scale_weight(weight, scale), None if bias is None else scale_weight(bias, scale), *geometry
+    )
+    return result
+
+
+class _ScaledConvolution(torch.autograd.Function):
+    """`_convolved`, but for the backward the scaled weight is computed again instead of kept: it is a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, geometry: Geometry) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, scale)
+        ctx.geometry = geometry
+        return _convolved(x, weight, bias, scale, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, scale = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        needs_x, needs_weight, needs_bias, needs_scale = ctx.needs_input_grad[:4]
+        half = grads[0].dtype
+        # As in forward: operands of the type of the output, on a CPU with the arithmetic of `HalfArithmetic`.
+        wide = accumulation_dtype(half) if grads[0].device.type == "cpu" else half
+        grad, kept, scaled = (cast(cast(value, half), wide) for value in (grads[0], x, scale_weight(weight, scale)))
+        mask = [needs_x, needs_weight or needs_scale, bias is not None and (needs_bias or needs_scale)]
+        found = torch.ops.aten.convolution_backward(
+            grad, kept, scaled, None if bias is None else list(bias.shape), stride, padding, dilation, False,
+            [0] * len(stride), groups, mask,
+        )  # fmt: skip
+        grad_x, grad_scaled, grad_shift = (None if value is None else cast(value, half) for value in found)
+        exact = accumulation_dtype(weight.dtype, scale.dtype)
+        grad_scale = scale.new_zeros((), dtype=exact) if needs_scale else None
+        results: list[Tensor | None] = []
+        for param, value in ((weight, grad_scaled), (bias, grad_shift)):
+            if param is None or value is None:
+                results.append(None)
+                continue
+            arrived = cast(cast(value, param.dtype), exact)
+            if grad_scale is not None:
+                grad_scale = grad_scale + (arrived * cast(param, exact)).sum()
+            results.append(cast(arrived * cast(scale, exact), param.dtype))
+        grad_scale = None if grad_scale is None else cast(grad_scale, scale.dtype)
+        return None if grad_x is None else cast(grad_x, x.dtype), *results, grad_scale, None
 
 
 _BRANCH_CONV: dict[type[nn.Module], type[BranchConv1d | BranchConv2d | BranchConv3d]] = {
@@ -77,11 +127,6 @@ def branch_conv(conv: Conv, scale: float) -> nn.Module:
     dtype = accumulation_dtype(conv.weight.dtype)
     new.branch_scale = nn.Parameter(torch.tensor(scale, dtype=dtype, device=conv.weight.device))
     return new
-
-
-def _scaled_parameters(conv: BranchConv1d | BranchConv2d | BranchConv3d) -> tuple[Tensor, Tensor | None]:
-    bias = None if conv.bias is None else scale_weight(conv.bias, conv.branch_scale)
-    return scale_weight(conv.weight, conv.branch_scale), bias
 
 
 def check_two_samples(layer: nn.Module, input: Tensor, channels: int, what: str) -> None:
