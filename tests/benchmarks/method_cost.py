@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from lowprec.methods import METHODS
-from tests.benchmarks.mimic_cost import kept_bytes, prepared, seconds
+from tests.benchmarks.mimic_cost import kept_bytes, prepared, ratios
 from tests.benchmarks.resnet18 import ResNet18
 
 BATCH, PIXELS = 16, 112
@@ -57,12 +56,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     original = ResNet18()
     changed, plain = prepared(original, name, **OPTIONS.get(name, {})), prepared(original, None)
     kept = kept_bytes(changed[0], x, y) / kept_bytes(plain[0], x, y)
-    ratios = []
-    for turn in range(rounds + 1):
-        first, second = (changed, plain) if turn % 2 else (plain, changed)
-        a, b = seconds(*first, x, y), seconds(*second, x, y)
-        ratios.append(a / b if turn % 2 else b / a)
-    q1, median, q3 = statistics.quantiles(ratios[1:], n=4)  # the first turn warms up
+    q1, median, q3 = ratios(changed, plain, x, y, rounds)
     return {"method": name, "kept": kept, "q1": q1, "time": median, "q3": q3}
 
 

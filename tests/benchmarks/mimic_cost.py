@@ -30,7 +30,10 @@ KEPT_SHARE, TIMES_AS_FAST = 0.62, 1.10
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {"ResNet-18": (ResNet18, 32), "ResNet-50": (resnet50, 8)}
 
 
-def prepared(model: nn.Module, method: str | None, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+Prepared = tuple[nn.Module, torch.optim.Optimizer]
+
+
+def prepared(model: nn.Module, method: str | None, **options: Any) -> Prepared:
     """In training, with its optimizer."""
     model = convert(model, method, **options)[0].train() if method else model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
@@ -64,6 +67,16 @@ def seconds(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Te
     return time.perf_counter() - started
 
 
+def ratios(one: Prepared, other: Prepared, x: Tensor, y: Tensor, rounds: int) -> list[float]:
+    """Quartiles of the time of a step of `one` in times of `other`, side by side, the order changing each time."""
+    found = []
+    for turn in range(rounds + 1):
+        first, second = (one, other) if turn % 2 else (other, one)
+        a, b = seconds(*first, x, y), seconds(*second, x, y)
+        found.append(a / b if turn % 2 else b / a)
+    return statistics.quantiles(found[1:], n=4)  # the first turn warms up
+
+
 def measure(name: str, rounds: int) -> dict[str, Any]:
     """Both figures of one network."""
     torch.manual_seed(0)
@@ -72,12 +85,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     original = make()
     mimic, plain = prepared(original, "mimic_norm"), prepared(original, None)
     share = kept_bytes(mimic[0], x, y) / kept_bytes(plain[0], x, y)
-    ratios = []
-    for turn in range(rounds + 1):
-        first, second = (mimic, plain) if turn % 2 else (plain, mimic)
-        a, b = seconds(*first, x, y), seconds(*second, x, y)
-        ratios.append(b / a if turn % 2 else a / b)
-    q1, median, q3 = statistics.quantiles(ratios[1:], n=4)  # the first turn warms up
+    q1, median, q3 = ratios(plain, mimic, x, y, rounds)
     held = share <= KEPT_SHARE and median >= TIMES_AS_FAST
     return {"network": name, "batch": batch, "kept": share, "q1": q1, "faster": median, "q3": q3, "held": held}
 
