@@ -26,6 +26,7 @@ from lowprec.statistics import CopiedStatistics, HeldStatistics
 from lowprec.train import Config, Trainer, load_run, parse_config
 from lowprec.train.ema import MovingAverage
 from lowprec.train.loop import Loop
+from lowprec.train.network import build_network
 from lowprec.train.processes import Processes
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -366,3 +367,13 @@ def test_resuming_a_finished_run_says_so_and_touches_no_file(
     assert {path: value for path, value in after.items() if path.is_file()} == {
         path: value for path, value in before.items() if path.is_file()
     }
+
+
+def test_methods_may_follow_one_another():
+    model = build_network(config("method.name=scaled_ws", "method.also.agc.clip=0.5", "method.also.bnp.rho=0.9"))
+    assert [record["name"] for record in model.lowprec_methods] == ["scaled_ws", "agc", "bnp"]
+    assert model.lowprec_methods[1]["args"] == {"clip": 0.5}
+    with pytest.raises(ConfigError, match=r"method.also.agc is a whole number \(1\); it must be a table of arguments"):
+        config("method.also.agc=1")
+    with pytest.raises(ConfigError, match="no method is called 'agx'"):
+        build_network(config("method.also.agx={}"))

@@ -35,10 +35,21 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """`[method]`: a name in METHODS and its arguments; `none` leaves the network as it is."""
+    """`[method]`: a name in METHODS and its arguments; `none` leaves the network as it is.
+
+    `also` names methods that follow it, each with its arguments: `also = { agc = { clip = 0.1 } }`.
+    """
 
     name: str = "none"
     args: dict[str, Any] = field(default_factory=dict)
+    also: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, args in self.also.items():
+            if not isinstance(args, Mapping):
+                raise ConfigError(
+                    f"method.also.{name} is {_kind(args)}; it must be a table of arguments, {{}} for none"
+                )
 
 
 @dataclass(frozen=True)

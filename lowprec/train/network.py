@@ -67,12 +67,15 @@ def build_network(config: Config, synchronised: bool = False) -> nn.Module:
 
 
 def _converted(config: Config, model: nn.Module) -> nn.Module:
-    name, args = config.method.name, config.method.args
-    if name == "none":
-        if args:
+    method = config.method
+    if method.name == "none":
+        if method.args:
             raise ConfigError("[method] has args but no name; give the method's name")
-        return model
-    return convert(model, name, **args)[0]
+    else:
+        model, _ = convert(model, method.name, **method.args)
+    for name, args in method.also.items():
+        model, _ = convert(model, name, **args)
+    return model
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
