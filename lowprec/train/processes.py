@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -92,6 +93,10 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+# gloo was seen to wait for ever for a process that was restarted; an error lets torchrun start all of them once more.
+_MEETING, _WAITING = timedelta(seconds=90), timedelta(minutes=30)
+
+
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
     """The processes of this run; joins those of torchrun, over NCCL on GPUs and gloo elsewhere, and leaves them.
@@ -108,7 +113,10 @@ def joined(device: str) -> Iterator[Processes]:
         return
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_MEETING)
+        # Longer from here on: one process evaluates and writes while the others wait.
+        dist.distributed_c10d._set_pg_timeout(_WAITING, dist.group.WORLD)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), place)
     finally:

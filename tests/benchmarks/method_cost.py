@@ -34,7 +34,6 @@ LINES: dict[str | None, str] = {
     "agc": "agc (clip = 0.1), batch norm",
     "bn_free_binary": "bn_free_binary, adamw",
     "batch_augmentation": "batch_augmentation (4 crops), batch norm",
-    "norm_schedule": "norm_schedule, batch norm",
 }
 MODE, BATCHES = "fp16-master", (128, 16, 2, 1)
 RESULTS = Path(__file__).parent / "results"
