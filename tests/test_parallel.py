@@ -179,6 +179,17 @@ def test_a_killed_worker_goes_on_from_the_last_checkpoint_to_the_same_bits(tmp_p
     assert "is of a run of 2 processes, here are 1; start as many" in alone.stderr
 
 
+def test_a_process_that_meets_nobody_ends_so_that_torchrun_can_start_anew() -> None:
+    code = "from lowprec.train import processes as p; p._MEETING_SECONDS = 1\nwith p.joined('cpu'): pass"
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT | alone, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2, "lowprec: the processes did not meet within 1 s; leaving",
+    )  # fmt: skip
+
+
 def test_synchronised_statistics_are_those_of_the_joined_batch(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text(CONFIG.format(mode="fp32", epochs=1, statistics="sync"))
     finished(torchrun(tmp_path, "both"))

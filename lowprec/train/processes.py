@@ -7,10 +7,11 @@ batch; the first one writes.
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lowprec.errors import MissingDependencyError
+from lowprec.errors import MissingDependencyError, UnsupportedError
 from lowprec.statistics import running_statistics
+
+_MEETING_SECONDS = 90
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,6 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-# gloo was seen to wait for ever for a process that was restarted; an error lets torchrun start all of them once more.
-_MEETING, _WAITING = timedelta(seconds=90), timedelta(minutes=30)
-
-
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
     """The processes of this run; joins those of torchrun, over NCCL on GPUs and gloo elsewhere, and leaves them.
@@ -113,15 +112,37 @@ def joined(device: str) -> Iterator[Processes]:
         return
     ours = not dist.is_initialized()
     if ours:
-        backend = "nccl" if place.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_MEETING)
-        # Longer from here on: one process evaluates and writes while the others wait.
-        dist.distributed_c10d._set_pg_timeout(_WAITING, dist.group.WORLD)
+        _meet("nccl" if place.type == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), place)
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """Joins the other processes; one that does not within `_MEETING_SECONDS` ends, so that torchrun starts all anew.
+
+    gloo (torch 2.13), after torchrun has restarted processes, sometimes waits in `connectFullMesh` for ever, whatever
+    its timeout, and sometimes finds a connection refused.
+    """
+
+    def give_up() -> None:
+        sys.stderr.write(f"lowprec: the processes did not meet within {_MEETING_SECONDS} s; leaving\n")
+        os._exit(UnsupportedError.exit_code)
+
+    watchdog = threading.Timer(_MEETING_SECONDS, give_up)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        dist.init_process_group(backend)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UnsupportedError(
+            f"the processes did not meet ({reason}); torchrun --max-restarts starts them anew"
+        ) from None
+    finally:
+        watchdog.cancel()
 
 
 def _device(name: str, local_rank: int) -> torch.device:
