@@ -15,8 +15,8 @@ from typing import Any
 from lowprec.errors import ConfigError
 from lowprec.methods import METHODS
 from lowprec.precision.modes import mode_named
-from lowprec.train.config import config_from, parse_toml, put_value, read_config, section_from
-from lowprec.train.toml import toml_text
+from lowprec.train.config import config_from, section_from
+from lowprec.train.toml import parse_toml, put_value, read_config, toml_text
 
 EXPECTATIONS = ("above", "even")
 

@@ -7,7 +7,6 @@ nobody asked for, and a resolved config (all defaults written out) can be stored
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from lowprec.precision.modes import mode_named
 from lowprec.precision.scale import ScalePolicy
 from lowprec.train.augmentation import AUGMENTATIONS
 from lowprec.train.schedule import SCHEDULES
-from lowprec.train.toml import toml_text
+from lowprec.train.toml import parse_toml, read_config, toml_text
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "apex-sgd", "apex-adam", "apex-adamw")
 DEVICES = ("auto", "cpu", "cuda")
@@ -223,30 +222,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return parse_config(read_config(path), overrides, str(path))
 
 
-def read_config(path: str | Path) -> str:
-    """The text of a config. Raises `ConfigError` if there is none."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError(f"the config {path} is not UTF-8 text") from None
-    except OSError as error:
-        raise ConfigError(f"the config {path} cannot be read: {error.strerror or error}") from None
-
-
 def parse_config(text: str, overrides: Iterable[str] = (), name: str = "the config") -> Config:
     """Parses TOML text; `name` stands for it in errors. Raises `ConfigError`."""
     return config_from(parse_toml(text, overrides, name))
-
-
-def parse_toml(text: str, overrides: Iterable[str], name: str) -> dict[str, Any]:
-    """TOML with `section.key=value` overrides applied, as nested plain data. Raises `ConfigError`."""
-    try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{name} is not valid TOML: {error}") from None
-    for override in overrides:
-        override_value(raw, override)
-    return raw
 
 
 def config_from(raw: Mapping[str, Any]) -> Config:
@@ -282,38 +260,6 @@ def _checked(name: str, value: Any, wanted: type) -> Any:
         return float(value)
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
         raise ConfigError(f"{name} is {_kind(value)}; it must be {_KINDS[wanted]}")
-    return value
-
-
-def override_value(raw: dict[str, Any], text: str) -> None:
-    """Applies one `section.key=value`; the value is TOML, and a bare word is a string. Raises `ConfigError`."""
-    path, equals, value = text.partition("=")
-    keys = [key.strip() for key in path.split(".")]
-    if not equals or len(keys) < 2 or not all(keys):
-        raise ConfigError(f"--set {text!r} is not of the form section.key=value")
-    put_value(raw, path, _value(value.strip(), text), f"--set {text!r}")
-
-
-def put_value(raw: dict[str, Any], path: str, value: Any, what: str) -> None:
-    """Sets `section.key` of nested plain data; `what` begins the error where the path leads through no table."""
-    table = raw
-    *parents, last = (key.strip() for key in path.split("."))
-    for key in parents:
-        table = table.setdefault(key, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"{what}: {key!r} is not a table")
-    table[last] = value
-
-
-def _value(value: str, text: str) -> Any:
-    try:
-        parsed = tomllib.loads(f"value = {value}")
-        if set(parsed) == {"value"}:
-            return parsed["value"]
-    except tomllib.TOMLDecodeError:
-        pass
-    if not value or value[0] in "\"'[{" or "\n" in value:
-        raise ConfigError(f"--set {text!r}: the value is not valid TOML")
     return value
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from lowprec.errors import MissingDependencyError, UnsupportedError
 from lowprec.statistics import running_statistics
@@ -123,8 +124,9 @@ def joined(device: str) -> Iterator[Processes]:
 def _meet(backend: str) -> None:
     """Joins the other processes; one that does not within `_MEETING_SECONDS` ends, so that torchrun starts all anew.
 
-    gloo (torch 2.13), after torchrun has restarted processes, sometimes waits in `connectFullMesh` for ever, whatever
-    its timeout, and sometimes finds a connection refused.
+    torchrun (of torch 2.13) keeps its store when it restarts processes, with the addresses of those that are gone in
+    it, and gloo then waits for them for ever, whatever its timeout. On one machine the number of the restart tells the
+    addresses apart; agents on several machines do not count alike.
     """
 
     def give_up() -> None:
@@ -135,7 +137,12 @@ def _meet(backend: str) -> None:
     watchdog.daemon = True
     watchdog.start()
     try:
-        dist.init_process_group(backend)
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store, rank, count = next(rendezvous("env://"))
+            fresh = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=fresh, rank=rank, world_size=count)
+        else:
+            dist.init_process_group(backend)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UnsupportedError(

@@ -1,17 +1,75 @@
-"""Writes TOML. The standard library reads it only, and a config needs no more than this."""
+"""TOML: texts with `section.key=value` overrides become plain data, and plain data becomes text.
+
+The standard library reads TOML only, and what a config needs of writing is no more than this.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Iterable, Mapping
 from datetime import date, datetime, time
+from pathlib import Path
 from typing import Any
 
 from lowprec.errors import ConfigError
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _ESCAPES = {"\\": "\\\\", '"': '\\"', "\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r"}
+
+
+def read_config(path: str | Path) -> str:
+    """The text of a config. Raises `ConfigError` if there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"the config {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"the config {path} cannot be read: {error.strerror or error}") from None
+
+
+def parse_toml(text: str, overrides: Iterable[str], name: str) -> dict[str, Any]:
+    """TOML with `section.key=value` overrides applied, as nested plain data. Raises `ConfigError`."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name} is not valid TOML: {error}") from None
+    for override in overrides:
+        override_value(raw, override)
+    return raw
+
+
+def override_value(raw: dict[str, Any], text: str) -> None:
+    """Applies one `section.key=value`; the value is TOML, and a bare word is a string. Raises `ConfigError`."""
+    path, equals, value = text.partition("=")
+    keys = [key.strip() for key in path.split(".")]
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ConfigError(f"--set {text!r} is not of the form section.key=value")
+    put_value(raw, path, _given(value.strip(), text), f"--set {text!r}")
+
+
+def put_value(raw: dict[str, Any], path: str, value: Any, what: str) -> None:
+    """Sets `section.key` of nested plain data; `what` begins the error where the path leads through no table."""
+    table = raw
+    *parents, last = (key.strip() for key in path.split("."))
+    for key in parents:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{what}: {key!r} is not a table")
+    table[last] = value
+
+
+def _given(value: str, text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+        if set(parsed) == {"value"}:
+            return parsed["value"]
+    except tomllib.TOMLDecodeError:
+        pass
+    if not value or value[0] in "\"'[{" or "\n" in value:
+        raise ConfigError(f"--set {text!r}: the value is not valid TOML")
+    return value
 
 
 def toml_text(document: Mapping[str, Any]) -> str:
