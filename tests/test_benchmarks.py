@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowprec.study import load_study, summarise
+from lowprec.study.cells import Outcomes
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.benchmarks import batch_size, folding, fused_norm, half_training, mimic_cost, norm_matters  # noqa: E402 - run from the root
+from tests.benchmarks import folding, fused_norm, half_training, method_cost, mimic_cost, norm_matters  # noqa: E402 - run from the root
+from tests.benchmarks.resnet18 import ResNet18  # noqa: E402
 
 TASK = norm_matters.Task.of("digits", 1)
 ONE_OF_EACH = {(cell.question, cell.line): cell for cell in norm_matters.cells(TASK) if cell.seed == 0}
@@ -22,14 +26,6 @@ def test_a_cell_of_norm_matters_runs(cell, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("torch.set_num_threads", lambda count: None)  # the studies' workers are processes of their own
     assert math.isfinite(norm_matters.run(cell))
-
-
-def test_intervals_are_students():
-    mean, half = norm_matters.interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert mean == 3.0
-    # s = sqrt(2.5), t(0.975, 4) = 2.776, n = 5; a dozen float64 roundings stay far below 1e-12
-    assert half == pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=1e-12)
-    assert len(norm_matters.SEEDS) == 5
 
 
 def test_the_benchmark_of_the_fused_norms_runs_and_its_values_are_right(monkeypatch, tmp_path):
@@ -83,14 +79,34 @@ def test_the_benchmark_of_half_training_runs_and_the_readme_shows_its_stored_run
         assert words in readme
 
 
-def test_the_readme_shows_the_stored_study_of_batch_sizes_and_its_cells_train():
+def test_the_readme_shows_the_stored_study_and_costs_of_all_methods():
+    results = ROOT / "tests" / "benchmarks" / "results"
+    costs = json.loads((results / "method_cost.json").read_text())
+    study = json.loads((results / "digits" / "study.json").read_text())
     readme = (ROOT / "README.md").read_text()
-    stored = json.loads(batch_size.RESULTS.read_text())
-    for row in batch_size.table(stored):
+    for row in method_cost.readme_table(costs, study):
         assert row in readme
-    cell = batch_size.Cell("mimic_norm", 128, batch_size.CHOOSING, 0.1)
-    assert 0 <= batch_size.run(cell) <= 1
-    assert len(set(batch_size.places())) == len(batch_size.LINES) * len(batch_size.SIZES) - len(batch_size.NEEDS_TWO)
+    assert [row["method"] for row in costs] == method_cost.measured()
+    for answer in study["answers"]:
+        assert (answer["difference"] is None) == (answer["verdict"] == "cannot")
+
+
+def test_the_stored_study_is_that_of_its_config():
+    study = load_study(ROOT / "tests" / "benchmarks" / "digits.toml")
+    folder = ROOT / "tests" / "benchmarks" / "results" / "digits"
+    assert load_study(folder / "study.toml") == study
+    with Outcomes(folder, 0) as stored:
+        summary = summarise(study, stored.known)
+    found = summary.to_json()
+    assert {key: found[key] for key in ("points", "answers", "precisions")} == {
+        key: json.loads((folder / "study.json").read_text())[key] for key in ("points", "answers", "precisions")
+    }
+
+
+def test_the_benchmark_of_costs_runs():
+    row = method_cost.measure("agc", 2, ResNet18(4), torch.randn(2, 3, 32, 32))
+    assert row["kept"] == 1
+    assert row["time"] > 0
 
 
 def test_the_benchmark_of_mimic_norm_counts_bytes_and_the_readme_shows_its_stored_run():

@@ -168,21 +168,26 @@ def test_intervals_are_students():
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "margin", "verdict"),
+    ("expect", "first", "second", "verdict"),
     [
-        ([0.9, 0.91, 0.92], [0.5, 0.51, 0.53], 0.0, "shown"),
-        ([0.5, 0.51, 0.53], [0.9, 0.91, 0.92], 0.0, "contrary"),
-        ([0.9, 0.5, 0.7], [0.5, 0.9, 0.7], 0.0, "not shown"),
-        ([0.9, 0.91, 0.9], [0.9, 0.9, 0.9], 0.02, "shown"),
-        ([0.9, 0.91, 0.9], [0.5, 0.5, 0.5], 0.02, "contrary"),
-        ([0.9, 0.8, 0.9], [0.9, 0.9, 0.9], 0.02, "not shown"),
+        ("above", [0.9, 0.91, 0.92], [0.5, 0.51, 0.53], "shown"),
+        ("above", [0.5, 0.51, 0.53], [0.9, 0.91, 0.92], "contrary"),
+        ("above", [0.9, 0.5, 0.7], [0.5, 0.9, 0.7], "not shown"),
+        ("even", [0.9, 0.91, 0.9], [0.9, 0.9, 0.9], "shown"),
+        ("even", [0.9, 0.91, 0.9], [0.5, 0.5, 0.5], "contrary"),
+        ("even", [0.5, 0.5, 0.5], [0.9, 0.91, 0.9], "contrary"),
+        ("even", [0.9, 0.8, 0.9], [0.9, 0.9, 0.9], "not shown"),
+        ("no worse", [0.9, 0.91, 0.9], [0.5, 0.5, 0.5], "shown"),
+        ("no worse", [0.9, 0.91, 0.9], [0.905, 0.91, 0.905], "shown"),
+        ("no worse", [0.5, 0.5, 0.5], [0.9, 0.91, 0.9], "contrary"),
+        ("no worse", [0.9, 0.8, 0.9], [0.9, 0.9, 0.9], "not shown"),
         # Far apart per seed and yet even: what counts is the difference of pairs.
-        ([0.1, 0.5, 0.9], [0.1, 0.5, 0.9], 0.02, "shown"),
-        ([], [0.9, 0.9, 0.9], 0.02, "cannot"),
+        ("even", [0.1, 0.5, 0.9], [0.1, 0.5, 0.901], "shown"),
+        ("even", [], [0.9, 0.9, 0.9], "cannot"),
     ],
 )
-def test_what_decides_is_the_interval_of_the_paired_difference(first, second, margin, verdict):
-    assert judged("says", "fp32", first, second, margin).verdict == verdict
+def test_what_decides_is_the_interval_of_the_paired_difference(expect, first, second, verdict):
+    assert judged("says", "fp32", first, second, expect, 0.02).verdict == verdict
 
 
 def test_the_conclusions_and_the_page(finished, tmp_path):
@@ -330,7 +335,7 @@ def test_two_studies_do_not_write_one_folder_and_damage_is_named(tmp_path, finis
         ({"line": [{"name": "a", "set": {"optim.rate": 1}}]}, r"unknown key 'rate' in \[optim\]"),
         ({"line": [{"name": "a", "set": {"optim.lr.x": 1}}]}, "line 'a' sets 'optim.lr.x': 'lr' is not a table"),
         ({"question": [{"says": "x", "first": {"line": "b", "batch": 1}}]}, "names line 'b', batch 1"),
-        ({"question": [{"says": "x", "expect": "below"}]}, "one of above, even"),
+        ({"question": [{"says": "x", "expect": "below"}]}, "one of above, no worse, even"),
         ({"question": {"says": "x"}}, r"question must be \[\[question\]\] tables"),
         ({"modle": {}}, r"unknown section \[modle\]"),
     ],

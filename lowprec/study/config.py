@@ -18,7 +18,7 @@ from lowprec.precision.modes import mode_named
 from lowprec.train.config import config_from, section_from
 from lowprec.train.toml import parse_toml, put_value, read_config, toml_text
 
-EXPECTATIONS = ("above", "even")
+EXPECTATIONS = ("above", "no worse", "even")
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,9 @@ class Question:
         says: the claim, in words.
         first: `{line = ..., batch = ...}`, and a precision if not all.
         second: the other place.
-        expect: "above": the first is more accurate; "even": they differ by less than `margin`.
-        margin: for "even"; 0 takes that of the study.
+        expect: "above": the first is more accurate; "no worse": at most `margin` less so; "even": they differ by less
+            than `margin`.
+        margin: of "no worse" and "even"; 0 takes that of the study.
     """
 
     says: str = ""

@@ -84,7 +84,7 @@ class Answer:
         says: the claim.
         precision: in which.
         difference: of the accuracies, first minus second, paired by seed; None where one of them cannot.
-        margin: what counts as even; 0 for "above".
+        margin: what counts as even or as no worse; 0 for "above".
         verdict: "shown", "contrary" where the data shows the opposite, else "not shown"; "cannot" without runs.
     """
 
@@ -181,32 +181,29 @@ def _answer(found: Summary, question: Question, precision: str) -> Answer:
         return found.point(place.line, place.batch, place.precision or precision).accuracies
 
     first, second = accuracies(question.first), accuracies(question.second)
-    margin = 0.0
-    if question.expect == "even":
-        margin = question.margin or found.study.grid.margin
+    margin = question.margin or found.study.grid.margin
     places = dict.fromkeys(place.precision or precision for place in (question.first, question.second))
     where = " and ".join(places)
-    return judged(question.says, where, first, second, margin)
+    return judged(question.says, where, first, second, question.expect, margin)
 
 
-def judged(says: str, precision: str, first: Sequence[float], second: Sequence[float], margin: float) -> Answer:
-    """Compares accuracies, paired: first above second, or with a margin, both even.
+def judged(
+    says: str, precision: str, first: Sequence[float], second: Sequence[float], expect: str, margin: float
+) -> Answer:
+    """Compares accuracies, paired; `expect` as in `Question`.
 
-    The interval of the difference decides: wholly above 0, or wholly within the margin, the claim is shown; wholly
-    below 0, or wholly outside the margin, the contrary is.
+    The interval of the difference decides: wholly where the claim has it, the claim is shown; wholly elsewhere, the
+    contrary is.
     """
+    low, high = {"above": (0.0, math.inf), "no worse": (-margin, math.inf), "even": (-margin, margin)}[expect]
+    margin = 0.0 if expect == "above" else margin
     if not first or not second:
         return Answer(says, precision, None, margin, "cannot")
     difference = Interval.of([a - b for a, b in zip(first, second, strict=True)])
     verdict: Verdict = "not shown"
-    if margin:
-        if -margin <= difference.low and difference.high <= margin:
-            verdict = "shown"
-        elif difference.low > margin or difference.high < -margin:
-            verdict = "contrary"
-    elif difference.low > 0:
+    if low < difference.low and difference.high < high:
         verdict = "shown"
-    elif difference.high < 0:
+    elif difference.high < low or high < difference.low:
         verdict = "contrary"
     return Answer(says, precision, difference, margin, verdict)
 
@@ -220,7 +217,7 @@ def _against_first(found: Summary) -> Iterator[Answer]:
         }
         base = per_mode[grid.precisions[0]]
         for mode in grid.precisions[1:]:
-            yield judged(line.name, mode, per_mode[mode], base, grid.margin)
+            yield judged(line.name, mode, per_mode[mode], base, "even", grid.margin)
 
 
 def _shown(point: Point) -> str:

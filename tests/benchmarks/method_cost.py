@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lowprec.methods import METHODS
 from tests.benchmarks.mimic_cost import kept_bytes, prepared, ratios
@@ -48,11 +49,9 @@ def measured() -> list[str]:
     return [name for name in METHODS if name not in LEFT_OUT]
 
 
-def measure(name: str, rounds: int) -> dict[str, Any]:
-    """One method."""
-    torch.manual_seed(0)
-    x, y = torch.randn(BATCH, 3, PIXELS, PIXELS), torch.arange(BATCH)
-    original = ResNet18()
+def measure(name: str, rounds: int, original: nn.Module, x: Tensor) -> dict[str, Any]:
+    """One method on a network and a batch of images."""
+    y = torch.arange(len(x))
     changed, plain = prepared(original, name, **OPTIONS.get(name, {})), prepared(original, None)
     kept = kept_bytes(changed[0], x, y) / kept_bytes(plain[0], x, y)
     q1, median, q3 = ratios(changed, plain, x, y, rounds)
@@ -90,7 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     rows = []
     for name in args.only:
-        rows.append(row := measure(name, args.rounds))
+        torch.manual_seed(0)
+        rows.append(row := measure(name, args.rounds, ResNet18(), torch.randn(BATCH, 3, PIXELS, PIXELS)))
         print(
             f"{name}: {row['time']:.2f} ({row['q1']:.2f} to {row['q3']:.2f}) times the step, "
             f"{row['kept']:.2f} times the bytes",

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import tempfile
 import time
@@ -34,10 +33,10 @@ import numpy as np
 
 from lowprec.artifacts import write_json
 from lowprec.data import load_data
+from lowprec.study.summary import Interval
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = range(5)
-STUDENT_T_4 = 2.776  # 97.5 % quantile of Student's t with 4 degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -263,18 +262,13 @@ def measure(task: Task, workers: int) -> dict[str, float]:
     return results
 
 
-def interval(accuracies: list[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval."""
-    half = STUDENT_T_4 * float(np.std(accuracies, ddof=1)) / math.sqrt(len(accuracies))
-    return float(np.mean(accuracies)), half
-
-
 def summary(task: Task, results: dict[str, float]) -> dict[tuple[str, str, float], tuple[float, float]]:
-    """Mean and half width by (question, line, x)."""
+    """Mean and half width of its 95 % interval by (question, line, x)."""
     grouped: dict[tuple[str, str, float], list[float]] = {}
     for cell in cells(task):
         grouped.setdefault((cell.question, cell.line, cell.x), []).append(results[cell.key])
-    return {key: interval(values) for key, values in grouped.items()}
+    found = {key: Interval.of(values) for key, values in grouped.items()}
+    return {key: (one.mean, one.half) for key, one in found.items()}
 
 
 def shown_as(question: str, mean: float, half: float) -> str:
