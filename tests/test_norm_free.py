@@ -342,3 +342,23 @@ def test_one_batch_norm_says_in_one_line_what_it_cannot_do():
     fused, _ = convert(small_resnet(width=4), "l1")
     _, report = convert(fused, "one_batch_norm")
     assert any("with a ReLU inside; convert the network it came from" in row.reason for row in report.refused)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A norm with its activation inside, as timm has it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+@pytest.mark.parametrize("method", ["mimic_norm", "one_batch_norm", "bnp", "scaled_ws", "ic", "bn_free_binary"])
+def test_a_norm_that_computes_more_is_not_taken_out_with_what_it_computes(method):
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), NormAct(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), *head(4)
+    )
+    with pytest.raises(UnsupportedError, match=r"NormAct is a batch norm with a forward of its own.*would be lost"):
+        convert(model, method)

@@ -26,8 +26,22 @@ HE_VARIANCE = 2.0
 """Weight variance times fan-in with which ReLU networks keep the size of their signals (He et al., 2015)."""
 
 
+def check_removable(norm: nn.Module) -> None:
+    """Raises `UnsupportedError` for a subclass of a batch norm that computes something else, or something more."""
+    forward = type(norm).forward
+    if isinstance(norm, _BatchNorm) and forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        raise UnsupportedError(
+            f"a {type(norm).__name__} is a batch norm with a forward of its own, and what that does beside the norm "
+            "(timm's BatchNormAct2d: the activation) would be lost; put torch's norm and the rest in its place first"
+        )
+
+
 def remove_norm(model: nn.Module, norm: nn.Module) -> nn.Module:
-    """Puts an Identity in place of `norm`, or the ReLU that a fused norm computes; returns it. Not for the root."""
+    """Puts an Identity in place of `norm`, or the ReLU that a fused norm computes; returns it. Not for the root.
+
+    Raises `UnsupportedError` as `check_removable` does.
+    """
+    check_removable(norm)
     stays: nn.Module = nn.Identity()
     if isinstance(norm, ScaleBatchNorm) and norm.act is not None:
         stays = AddReLU(norm.awaits_residual)

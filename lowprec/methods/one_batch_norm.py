@@ -26,7 +26,7 @@ from lowprec.affine import ChannelAffine
 from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.functional import accumulation_dtype, apply_channel_affine, cast
 from lowprec.methods.layers import check_two_samples
-from lowprec.methods.norm_free import HE_VARIANCE, draw_weights
+from lowprec.methods.norm_free import HE_VARIANCE, check_removable, draw_weights
 from lowprec.methods.rewrite import inherit, replace_module
 from lowprec.methods.signals import Signal, propagate
 from lowprec.methods.structure import classifier_of, traced
@@ -131,6 +131,8 @@ def convert_one_batch_norm(
     old = model.get_submodule(path)
     if type(old) is not nn.Linear:
         raise UnsupportedError(f"one_batch_norm needs a final torch.nn.Linear, but {path!r} is a {type(old).__name__}")
+    for module in model.modules():
+        check_removable(module)
     norms = _norms(model, graph)
     if not norms:
         raise UnsupportedError(f"method 'one_batch_norm' found no batch norm in {type(model).__name__}")
