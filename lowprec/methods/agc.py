@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.functional import accumulation_dtype
+from lowprec.methods.channel_norms import channel_norms, scale_channels
 from lowprec.methods.method import Handle
 from lowprec.methods.stepping import modules_skipped
 from lowprec.precision.masters import master_of
@@ -67,25 +68,6 @@ def attach_agc(
     return Handle(transforms_of(optimizer).add(optimizer, clipper))
 
 
-def unit_norms(tensor: Tensor, groups: int | None = None) -> Tensor:
-    """Norms that broadcast against `tensor`: one per output channel, or a single one of a vector; float32 or wider.
-
-    Args:
-        tensor: a parameter or its gradient.
-        groups: of a transposed convolution, whose axis 0 counts inputs.
-    """
-    dtype = accumulation_dtype(tensor.dtype)
-    if tensor.dim() < 2:
-        axes: tuple[int, ...] = (0,) if tensor.dim() else ()
-    elif groups is None:
-        axes = tuple(range(1, tensor.dim()))
-    else:
-        tensor = tensor.reshape(groups, -1, *tensor.shape[1:])  # (groups, inputs, outputs of a group, kernel...)
-        axes = (1, *range(3, tensor.dim()))
-    norms: Tensor = torch.linalg.vector_norm(tensor, dim=axes, keepdim=True, dtype=dtype)
-    return norms if groups is None else norms.expand(-1, tensor.shape[1], *[-1] * (tensor.dim() - 2)).flatten(0, 1)
-
-
 def _transposed_weights(model: nn.Module) -> dict[Tensor, int]:
     """Groups of each weight whose axis 0 counts inputs."""
     found: dict[Tensor, int] = {}
@@ -95,6 +77,14 @@ def _transposed_weights(model: nn.Module) -> dict[Tensor, int]:
             weight: Any = module.parametrizations.weight.original if parametrized else module.weight  # type: ignore[union-attr]
             found[weight] = module.groups
     return found
+
+
+def _unit_norms(tensor: Tensor, layout: tuple[int, bool]) -> Tensor:
+    """Per output channel (C,), or one of a vector, 0-d; float32 or wider."""
+    if tensor.dim() > 1:
+        return channel_norms(tensor, *layout)
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=accumulation_dtype(tensor.dtype))
+    return norm
 
 
 class _Clipper:
@@ -124,9 +114,11 @@ class _Clipper:
             moved, groups = master_of(param), self._transposed.get(param)
             if moved.grad is None or id(moved) not in held:
                 continue
-            limit = unit_norms(moved, groups).clamp_min(self._eps) * clip
-            factor = limit / unit_norms(moved.grad, groups)
-            moved.grad.mul_(factor.clamp_max(1).to(moved.grad.dtype))
+            layout = (1, False) if groups is None else (groups, True)
+            limit_C = _unit_norms(moved, layout).clamp_min(self._eps) * clip
+            factor_C = (limit_C / _unit_norms(moved.grad, layout)).clamp_max(1)
+            scaled = scale_channels(moved.grad, factor_C, *layout) if moved.dim() > 1 else moved.grad * factor_C
+            moved.grad.copy_(scaled)
 
     def discard(self) -> None:
         """Nothing is kept."""

@@ -21,9 +21,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
-from lowprec.binary import BinaryStandardisation, Estimator, RPReLU, binary_conv
 from lowprec.errors import ConfigError, UnsupportedError
 from lowprec.methods.agc import attach_agc
+from lowprec.methods.binary import BinaryStandardisation, Estimator, RPReLU, binary_conv
 from lowprec.methods.method import Handle
 from lowprec.methods.norm_free import draw_weights
 from lowprec.methods.rewrite import inherit, replace_module
@@ -53,7 +53,7 @@ def convert_bn_free_binary(
         model: a private copy.
         report: gets a row per thing done or left.
         alpha: as in `scaled_ws`.
-        estimator: of the gradient of signs: "quadratic" or "clipped", see `lowprec.binary.sign`.
+        estimator: of the gradient of signs: "quadratic" or "clipped", see `lowprec.methods.binary.sign`.
         eps: least fan-in times weight variance that is divided by.
         init: whether to draw weights from N(0, 1 / fan-in), biases zero.
 

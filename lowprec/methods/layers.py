@@ -7,6 +7,7 @@ instead of the output: fewer elements, no tensor more for the backward pass, and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -113,17 +114,23 @@ _BRANCH_CONV: dict[type[nn.Module], type[BranchConv1d | BranchConv2d | BranchCon
 }
 
 
+def conv_as(conv: Conv, classes: Mapping[type[nn.Module], type[nn.Module]]) -> Conv:
+    """One of torch's convolutions as the subclass that `classes` has for it, with its parameter objects."""
+    geometry: dict[str, Any] = {
+        name: getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    }
+    make: Any = classes[type(conv)]
+    new: Conv = make(conv.in_channels, conv.out_channels, bias=conv.bias is not None, device="meta", **geometry)
+    new.weight, new.bias = conv.weight, conv.bias
+    return new
+
+
 def branch_conv(conv: Conv, scale: float) -> nn.Module:
     """The branch form of one of torch's convolutions, with its parameter objects and `branch_scale` = `scale`.
 
     The scalar is 0-d, float32 or wider, and stays so in the half modes.
     """
-    geometry: dict[str, Any] = {
-        name: getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    }
-    make = _BRANCH_CONV[type(conv)]
-    new = make(conv.in_channels, conv.out_channels, bias=conv.bias is not None, device="meta", **geometry)
-    new.weight, new.bias = conv.weight, conv.bias
+    new = conv_as(conv, _BRANCH_CONV)
     dtype = accumulation_dtype(conv.weight.dtype)
     new.branch_scale = nn.Parameter(torch.tensor(scale, dtype=dtype, device=conv.weight.device))
     return new

@@ -210,7 +210,7 @@ class _FilterResponse(torch.autograd.Function):
         if tau is not None:
             if above_NCX is None:
                 above_NCX = _finished(x_NCX * factor_NC1, bias, None, None) - per_channel(cast(tau, wide), x)
-            # Zero where what decides is at most 0, and thirty times as fast as torch.where.
+            # Zero where what decides is at most 0, as the backward of a ReLU computes it.
             passed_NCX = torch.ops.aten.threshold_backward(g_NCX, cast(above_NCX, wide), 0)
             grad_tau_C = cast((g_NCX - passed_NCX).sum(axes), tau.dtype)
             g_NCX = passed_NCX

@@ -67,6 +67,7 @@ class Plan:
     def __init__(self, study: StudyConfig, fingerprint: str) -> None:
         self.study = study
         self._fingerprint = fingerprint
+        self._keys: dict[Cell, str] = {}  # asked for after every run, and a config is long to hash
 
     def places(self) -> Iterator[tuple[Line, int]]:
         """Line and batch size, those with the most steps first."""
@@ -104,8 +105,10 @@ class Plan:
 
     def key(self, cell: Cell) -> str:
         """What a run is known by."""
-        text = json.dumps([self.settings(cell), self._fingerprint], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        if cell not in self._keys:
+            text = json.dumps([self.settings(cell), self._fingerprint], sort_keys=True)
+            self._keys[cell] = hashlib.sha256(text.encode()).hexdigest()[:32]
+        return self._keys[cell]
 
     def _rates(self, line: Line, batch: int) -> list[float]:
         grid = self.study.grid

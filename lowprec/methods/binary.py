@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowprec.functional import accumulation_dtype, cast, per_channel
+from lowprec.methods.layers import conv_as
 from lowprec.parametrize import ScaledStandardisation
 from lowprec.weights import standardised_weight
 
@@ -148,18 +149,12 @@ def binary_conv(
         shift: what the learned shifts (C_in,) start from.
         estimator: see `sign`.
     """
-    geometry: dict[str, Any] = {
-        name: getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    }
-    new = _CLASSES[type(conv)](
-        conv.in_channels, conv.out_channels, bias=conv.bias is not None, device="meta", **geometry
-    )
-    new.weight, new.bias = conv.weight, conv.bias
+    new: Any = conv_as(conv, _CLASSES)
     place: dict[str, Any] = {"dtype": accumulation_dtype(conv.weight.dtype), "device": conv.weight.device}
     new.shift = nn.Parameter(torch.full((conv.in_channels,), shift, **place))
     new.register_buffer("scale", torch.tensor(scale, **place))
     new.estimator = estimator
-    return new
+    return new  # type: ignore[no-any-return]
 
 
 class RPReLU(nn.PReLU):
